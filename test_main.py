@@ -1,0 +1,882 @@
+"""Every promise of the API, kept to a client that talks HTTP to a live server.
+
+Most tests run the server in a thread, where a test can change settings and the model. Those that
+kill it, or that look at its environment, run it as a process. Both run on fakeredis and on a real
+Redis, which the tests start themselves; without a redis-server program those tests are skipped.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import fakeredis
+import pytest
+import redis
+import redis.asyncio
+import requests
+import uvicorn
+
+import main
+
+HERE = Path(__file__).parent
+JSON = "application/json"
+PROCESSING = {"detail": "Prediction is still processing."}
+UNAVAILABLE = {"detail": "Redis is unavailable."}
+LONG = 20  # seconds that no wait in these tests should ever take
+
+BAD_BODIES = {
+    "nothing": (b"", JSON),
+    "null": (b"null", JSON),
+    "a list": (b"[]", JSON),
+    "no input": (b"{}", JSON),
+    "a null input": (b'{"input": null}', JSON),
+    "a number": (b'{"input": 1}', JSON),
+    "10,001 characters": (b'{"input": "%s"}' % (b"x" * 10_001), JSON),
+    "half a body": (b'{"input": "secret"', JSON),
+    "another type": (b'{"input": "secret"}', "text/plain"),
+    "a form": (b"input=secret", "application/x-www-form-urlencoded"),
+    "a type that is no type": (b'{"input": "secret"}', "\xff/\xfe"),
+    "NaN": (b'{"input": NaN}', JSON),
+    "Infinity": (b'{"input": -Infinity}', JSON),
+    "a number too large": (b'{"input": 1e999}', JSON),
+    "6,000 digits": (b'{"input": %s}' % (b"7" * 6_000), JSON),
+    "a lone surrogate": (b'{"input": "secret \\ud800"}', JSON),
+    "a lone surrogate in a list": (b'{"input": ["secret \\ud800"]}', JSON),
+    "a lone surrogate as a key": (b'{"secret \\ud800": "secret"}', JSON),
+    "a lone surrogate in UTF-8": (b'{"input": "secret \xed\xa0\x80"}', JSON),
+    "no UTF-8": (b'{"input": "secret \xff"}', JSON),
+    "no UTF-8 in another type": (b"secret \xff", "text/plain"),
+    "no UTF-8 in no type": (b"secret \xff", ""),
+    "100,000 brackets": (b"[" * 100_000, JSON),
+    "100,000 brackets as input": (b'{"input": %s%s}' % (b"[" * 100_000, b"]" * 100_000), JSON),
+    "5 MB": (b'{"input": "%s"}' % (b"x" * 5_000_000), JSON),
+    "5 MB of another type": (b"x" * 5_000_000, "text/plain"),
+}
+GOOD_INPUTS = ["", "a\0b", "\u2028\r\n\t\"\\'", "Zoë 🚀 \U0010ffff", "x" * 10_000, "🚀" * 10_000]
+
+
+# --- What the tests are made of ---------------------------------------------------------------
+
+
+def wait_until(condition, seconds=LONG):
+    """Return the first true value of condition(), or fail."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def answers(url):
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(url, timeout=LONG)
+
+
+def poll(url):
+    """Return the first answer that is not 202."""
+
+    def final():
+        response = requests.get(url, timeout=LONG)
+        return response if response.status_code != 202 else None
+
+    return wait_until(final)
+
+
+def predict(api, text="Some input data", **headers):
+    return requests.post(f"{api}/predict", json={"input": text}, headers=headers, timeout=LONG)
+
+
+def accept(api, text="Some input data"):
+    """Have a prediction accepted; return its address."""
+    response = predict(api, text, async_mode="true")
+    assert response.status_code == 202
+    return api + response.headers["Location"]
+
+
+def start_redis(folder, port):
+    """Start a real Redis that keeps what it holds in folder; return its process."""
+    folder.mkdir(exist_ok=True)
+    options = ["--port", port, "--dir", folder, "--save", "", "--appendonly", "yes"]
+    process = subprocess.Popen(
+        ["redis-server", *map(str, options)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    client = redis.Redis(port=port)
+
+    def ready():
+        with contextlib.suppress(redis.ConnectionError):
+            return client.ping()
+
+    wait_until(ready)
+    client.close()
+    return process
+
+
+def stop(process):
+    process.send_signal(signal.SIGCONT)  # in case the test has frozen it
+    process.kill()
+    process.wait()
+
+
+real = pytest.mark.skipif(
+    shutil.which("redis-server") is None, reason="no redis-server program on this machine"
+)
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    """The port of a real Redis, and a list whose last item is its process."""
+    port = free_port()
+    processes = [start_redis(tmp_path / "redis", port)]
+    yield port, processes
+    stop(processes[-1])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The URL and the event loop of an API that runs in a thread until all tests are done."""
+    server = uvicorn.Server(uvicorn.Config(main.app, port=0, log_config=None, access_log=False))
+    loops = []
+
+    async def serve():
+        loops.append(asyncio.get_event_loop())
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "settings", main.Settings(_env_file=None, REDIS_PORT=free_port()))
+        thread.start()
+        wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}", loops[0]
+    server.should_exit = True
+    thread.join(LONG)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(params=["fakeredis", pytest.param("redis-server", marks=real)])
+def store(request, monkeypatch):
+    """A client of an empty store; main.settings is set up for the API to use it too."""
+    for name in main.Settings.model_fields:
+        monkeypatch.delenv(name, raising=False)
+    if request.param == "fakeredis":  # REDIS_HOST is not set and nothing answers at REDIS_PORT
+        server = fakeredis.FakeServer()
+        monkeypatch.setattr(main, "FakeAsyncRedis", partial(main.FakeAsyncRedis, server=server))
+        address = {"REDIS_PORT": free_port()}
+        client = fakeredis.FakeRedis(server=server)
+    else:
+        port, _ = request.getfixturevalue("redis_server")
+        address = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
+        client = redis.Redis(port=port)
+    settings = main.Settings(_env_file=None, PREDICTION_LATENCY=0.1, **address)
+    monkeypatch.setattr(main, "settings", settings)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def api(server, store, monkeypatch):
+    """The URL of a live API on that store; its settings and its model can be changed meanwhile."""
+    url, loop = server
+
+    async def connect():
+        return main.Pipeline(await main.connect())
+
+    async def get_redis():
+        return pipeline
+
+    pipeline = asyncio.run_coroutine_threadsafe(connect(), loop).result(LONG)
+    monkeypatch.setitem(main.app.dependency_overrides, main.get_redis, get_redis)
+    yield url
+    wait_until(lambda: not main.attempts)
+    asyncio.run_coroutine_threadsafe(pipeline.client.aclose(), loop).result(LONG)
+
+
+class Worker:
+    """An API process of its own, which can be killed."""
+
+    def __init__(self, log, options, settings):
+        port = free_port()
+        names = main.Settings.model_fields
+        clean = {name: value for name, value in os.environ.items() if name not in names}
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *options],
+                cwd=str(HERE),
+                env=dict(clean, **{name: str(value) for name, value in settings.items()}),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def started(self):
+        wait_until(lambda: answers(self.url) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def logged(self):
+        return self.log.read_text()
+
+
+@pytest.fixture
+def start_worker(tmp_path):
+    """Start an API process: start_worker("--an-option-of-uvicorn", A_SETTING="its value")."""
+    workers = []
+
+    def start(*options, **settings):
+        log = tmp_path / f"worker-{len(workers)}.log"
+        workers.append(Worker(log, options, settings))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.process.kill()
+        worker.process.wait()
+
+
+@pytest.fixture(params=["fakeredis", pytest.param("redis-server", marks=real)])
+def redis_port(request):
+    """The port of a store that outlives the API processes that use it."""
+    if request.param == "redis-server":
+        yield request.getfixturevalue("redis_server")[0]
+        return
+    server = fakeredis.TcpFakeServer(("127.0.0.1", 0))
+    server.daemon_threads = True  # its threads do not all notice that a client is gone
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+# --- The contract -----------------------------------------------------------------------------
+
+
+def test_root_says_welcome(api):
+    response = requests.get(api)
+    assert response.status_code == 200
+    assert response.json() == {"message": "Welcome to the Mock Model API!"}
+
+
+def test_there_is_no_favicon(api):
+    response = requests.get(f"{api}/favicon.ico")
+    assert response.status_code == 200
+    assert response.json() == {"message": "No favicon"}
+
+
+def test_synchronous_prediction_is_completed_and_kept(api, store):
+    response = predict(api)
+    assert response.status_code == 200
+    prediction = response.json()
+    prediction_id, result = prediction["prediction_id"], prediction["output"]["result"]
+    assert uuid.UUID(prediction_id).version == 4
+    output = {"status": "completed", "input": "Some input data", "result": result}
+    assert prediction == {"prediction_id": prediction_id, "status": "completed", "output": output}
+    assert isinstance(result, str)
+    key = f"prediction:{prediction_id}"
+    assert json.loads(store.get(key)) == {"status": "processing", "input": "Some input data"}
+    assert json.loads(store.get(f"{key}:output")) == output
+    later = requests.get(f"{api}/predict/{prediction_id}")
+    assert (later.status_code, later.json()) == (200, prediction)
+
+
+def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api, store):
+    accepted = predict(api, async_mode="true")
+    assert accepted.status_code == 202
+    prediction_id = accepted.json()["prediction_id"]
+    assert accepted.json() == {
+        "message": "Request received. Processing asynchronously.",
+        "prediction_id": prediction_id,
+    }
+    assert accepted.headers["Location"] == f"/predict/{prediction_id}"
+    url = f"{api}/predict/{prediction_id}"
+    pending = requests.get(url)
+    assert (pending.status_code, pending.json()) == (202, PROCESSING)
+    assert pending.headers["Retry-After"] == "1"
+    key = f"prediction:{prediction_id}"
+    assert json.loads(store.get(key)) == {"status": "processing", "input": "Some input data"}
+    assert store.get(f"{key}:lease").decode() == f"{socket.gethostname()}:{os.getpid()}"
+    assert store.get(f"{key}:output") is None
+    done = poll(url)
+    assert done.status_code == 200
+    assert done.json() == {
+        "prediction_id": prediction_id,
+        "status": "completed",
+        "output": json.loads(store.get(f"{key}:output")),
+    }
+    assert requests.get(url).json() == done.json()
+
+
+def test_no_two_predictions_are_the_same(api):
+    predictions = [predict(api).json() for _ in range(2)]
+    assert predictions[0]["prediction_id"] != predictions[1]["prediction_id"]
+    assert predictions[0]["output"]["result"] != predictions[1]["output"]["result"]
+
+
+@pytest.mark.parametrize("name", ["async_mode", "Async-Mode", "ASYNC_MODE"])
+@pytest.mark.parametrize(
+    ("value", "status"), [("true", 202), ("false", 200), ("maybe", 422), ("", 422)]
+)
+def test_mode_header(api, name, value, status):
+    response = predict(api, **{name: value})
+    assert response.status_code == status
+    if status == 422:
+        [error] = response.json()["detail"]
+        assert error["loc"] == ["header", "async_mode" if "_" in name else "Async-Mode"]
+
+
+@pytest.mark.parametrize("text", GOOD_INPUTS, ids=lambda text: f"{text[:3]!a}-{len(text)}")
+def test_input_is_kept_exactly(api, text):
+    prediction = predict(api, text).json()
+    assert prediction["output"]["input"] == text
+    assert poll(accept(api, text)).json()["output"]["input"] == text
+
+
+def test_poll_of_unknown_id_is_404(api):
+    response = requests.get(f"{api}/predict/{uuid.uuid4()}")
+    assert response.status_code == 404
+    assert response.json() == {"detail": "Prediction not found."}
+
+
+def test_poll_of_expired_prediction_is_404(api):
+    main.settings.PREDICTION_TTL = 1
+    url = f"{api}/predict/{predict(api).json()['prediction_id']}"
+    assert requests.get(url).status_code == 200
+    wait_until(lambda: requests.get(url).status_code == 404)
+
+
+def test_every_key_expires(api, store):
+    main.settings.PREDICTION_TTL, main.settings.PREDICTION_TIMEOUT = 1000, 50
+    poll(accept(api))
+    lives = sorted(store.ttl(key) for key in store.scan_iter())
+    assert len(lives) == 3
+    assert 40 <= lives[0] <= 50  # the lease
+    assert 990 <= lives[1] <= lives[2] <= 1000
+
+
+def test_id_is_found_in_any_notation(api):
+    prediction = predict(api).json()
+    plain = uuid.UUID(prediction["prediction_id"]).hex.upper()
+    assert requests.get(f"{api}/predict/{plain}").json() == prediction
+
+
+@pytest.mark.parametrize("name", ["secret", "1", "%00", "%ff", "%ed%a0%80", "x" * 5_000])
+def test_poll_of_no_uuid_is_422(api, name):
+    response = requests.get(f"{api}/predict/{name}")
+    assert response.status_code == 422
+    [error] = response.json()["detail"]
+    assert error["loc"] == ["path", "prediction_id"]
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 405),
+        ("DELETE", f"/predict/{uuid.uuid4()}", 405),
+        ("PUT", "/", 405),
+        ("POST", "/predict/", 404),
+        ("GET", "/predict/", 404),
+        ("GET", "/predict/a/b", 404),
+        ("GET", "/nowhere", 404),
+    ],
+)
+def test_wrong_method_or_path(api, method, path, status):
+    response = requests.request(method, api + path)
+    assert response.status_code == status
+    assert isinstance(response.json()["detail"], str)
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_body_is_4xx_and_not_repeated(api, store, name):
+    body, content_type = BAD_BODIES[name]
+    for mode in ("false", "true"):
+        for chunked in (False, True):
+            headers = {"Content-Type": content_type.encode("latin-1"), "async_mode": mode}
+            response = requests.post(
+                f"{api}/predict", data=in_chunks(body) if chunked else body, headers=headers
+            )
+            assert response.status_code in (400, 413, 422)
+            if response.status_code != 413:
+                assert response.json()["detail"]
+            assert "secret" not in response.text
+            assert len(response.content) < 300
+            assert store.keys() == []
+
+
+def in_chunks(body):
+    return (body[start : start + 65_536] for start in range(0, len(body), 65_536))
+
+
+def limits_bodies():
+    return "max_body_size" in main.FastAPI.__init__.__annotations__
+
+
+@pytest.mark.skipif(not limits_bodies(), reason="this FastAPI has no limit for bodies")
+def test_body_over_1_mb_is_413(api):
+    for size, status in ((1_000_000, 422), (1_000_001, 413)):
+        body = b'{"input": "%s"}' % (b"x" * (size - 13))
+        response = requests.post(f"{api}/predict", data=body, headers={"Content-Type": JSON})
+        assert (len(body), response.status_code) == (size, status)
+
+
+def test_openapi_declares_every_status_with_its_model(api):
+    paths = requests.get(f"{api}/openapi.json").json()["paths"]
+    declared = {
+        f"{method} {path}": {
+            status: response["content"][JSON]["schema"]["$ref"].rsplit("/", 1)[1]
+            for status, response in operation["responses"].items()
+        }
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+    }
+    invalid = {"422": "HTTPValidationError"}
+    assert declared == {
+        "get /": {"200": "Message"},
+        "get /favicon.ico": {"200": "Message"},
+        "post /predict": {
+            "200": "Prediction",
+            "202": "Accepted",
+            **dict.fromkeys(("400", "413", "500", "503"), "Detail"),
+            **invalid,
+        },
+        "get /predict/{prediction_id}": {
+            "200": "Prediction",
+            **dict.fromkeys(("202", "404", "503"), "Detail"),
+            **invalid,
+        },
+    }
+    [header] = paths["/predict"]["post"]["parameters"]
+    assert (header["in"], header["name"], header["schema"]["type"]) == (
+        "header",
+        "async_mode",
+        "boolean",
+    )
+
+
+def test_example_in_openapi_works(api):
+    schemas = requests.get(f"{api}/openapi.json").json()["components"]["schemas"]
+    [example] = schemas["PredictionRequest"]["properties"]["input"]["examples"]
+    assert predict(api, example).status_code == 200
+    assert requests.get(f"{api}/docs").status_code == 200
+
+
+# --- A model that fails -----------------------------------------------------------------------
+
+
+async def raises(text):
+    raise ValueError(f"secret {text}")
+
+
+async def hangs(text):
+    await asyncio.Event().wait()
+
+
+async def returns_no_text(text):
+    return object()
+
+
+async def returns_a_lone_surrogate(text):
+    return "\ud800"
+
+
+@pytest.mark.parametrize("model", [raises, hangs, returns_no_text, returns_a_lone_surrogate])
+def test_model_that_fails(api, store, monkeypatch, caplog, model):
+    main.settings.PREDICTION_TIMEOUT = 0.5
+    monkeypatch.setattr(main, "mock_model", model)
+    response = predict(api)
+    assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
+    done = poll(accept(api))
+    output = {"status": "failed", "input": "Some input data", "result": None}
+    prediction_id = done.json()["prediction_id"]
+    assert done.status_code == 200
+    assert done.json() == {"prediction_id": prediction_id, "status": "failed", "output": output}
+    assert [json.loads(store.get(key)) for key in store.keys("*:output")] == [output, output]
+    failures = [record for record in caplog.records if record.exc_info]
+    assert len(failures) == 2
+    assert all("The attempt at prediction:" in record.getMessage() for record in failures)
+
+
+# --- Attempts and leases ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The inputs that the model was given, in order; each call has a result of its own."""
+    calls = []
+
+    async def model(text):
+        calls.append(text)
+        result = f"Result {len(calls)}"
+        await asyncio.sleep(main.settings.PREDICTION_LATENCY)
+        return result
+
+    monkeypatch.setattr(main, "mock_model", model)
+    return calls
+
+
+def orphan(store, text="orphan"):
+    """Leave in the store what a killed worker leaves there, after its lease has run out."""
+    prediction_id = uuid.uuid4()
+    record = json.dumps({"status": "processing", "input": text})
+    store.set(f"prediction:{prediction_id}", record, ex=100)
+    return f"/predict/{prediction_id}"
+
+
+def test_orphan_is_taken_over_by_one_poll_of_many(api, store, calls):
+    url = api + orphan(store)
+    with ThreadPoolExecutor(20) as pool:
+        responses = list(pool.map(requests.get, [url] * 20))
+    assert {response.status_code for response in responses} == {202}
+    assert poll(url).json()["output"]["result"] == "Result 1"
+    assert calls == ["orphan"]
+
+
+def test_prediction_with_a_lease_is_not_taken_over(api, store, calls):
+    path = orphan(store)
+    store.set(path.replace("/predict/", "prediction:") + ":lease", "another worker", px=1_000)
+    assert requests.get(api + path).status_code == 202
+    assert calls == []
+    assert poll(api + path).status_code == 200
+    assert calls == ["orphan"]
+
+
+def test_lease_that_another_poll_takes_first_is_left_to_it(api, store, calls, monkeypatch):
+    path = orphan(store)
+    key = path.replace("/predict/", "prediction:") + ":lease"
+    take_lease = main.take_lease
+
+    def too_late(*args):
+        store.set(key, "another worker", px=1_000)
+        return take_lease(*args)
+
+    monkeypatch.setattr(main, "take_lease", too_late)
+    assert requests.get(api + path).status_code == 202
+    assert store.get(key) == b"another worker"
+    assert calls == []
+
+
+def test_first_output_is_final(api, store, monkeypatch):
+    calls, released, outputs = [], [], []
+    make_attempt = main.make_attempt
+
+    async def model(text):
+        calls.append(text)
+        result = f"Result {len(calls)}"
+        while result not in released:
+            await asyncio.sleep(0.01)
+        return result
+
+    async def recorded(*args):
+        outputs.append(await make_attempt(*args))
+
+    monkeypatch.setattr(main, "mock_model", model)
+    monkeypatch.setattr(main, "make_attempt", recorded)
+    url = accept(api)
+    store.delete(*store.keys("*:lease"))  # as if it had run out
+    assert requests.get(url).status_code == 202
+    wait_until(lambda: len(calls) == 2)
+    released.append("Result 2")
+    first = poll(url).json()
+    assert first["output"]["result"] == "Result 2"
+    released.append("Result 1")
+    wait_until(lambda: len(outputs) == 2)
+    assert outputs[0] == outputs[1]
+    assert requests.get(url).json() == first
+
+
+def test_synchronous_answer_is_the_first_output(api, store, monkeypatch):
+    async def overtaken(text):
+        [key] = store.keys()[:1]
+        key = key.decode().rsplit(":lease", 1)[0]
+        output = {"status": "completed", "input": text, "result": "The other one"}
+        store.set(f"{key}:output", json.dumps(output))
+        return "Mine"
+
+    monkeypatch.setattr(main, "mock_model", overtaken)
+    assert predict(api).json()["output"]["result"] == "The other one"
+
+
+def test_one_round_trip_before_an_answer(api, monkeypatch):
+    round_trips = []
+    execute = redis.asyncio.client.Pipeline.execute
+
+    def counted(pipeline, *args, **kwargs):
+        round_trips.append(len(pipeline))
+        return execute(pipeline, *args, **kwargs)
+
+    monkeypatch.setattr(redis.asyncio.client.Pipeline, "execute", counted)
+    url = accept(api)
+    assert round_trips == [2]
+    assert requests.get(url).status_code == 202
+    assert round_trips == [2, 1]
+    poll(url)
+    del round_trips[:]
+    assert requests.get(url).status_code == 200
+    assert round_trips == [1]
+
+
+def test_predictions_are_made_at_once(api, monkeypatch):
+    arrived = []
+
+    async def model(text):  # none ends before all have begun
+        arrived.append(text)
+        while len(arrived) < 200:
+            await asyncio.sleep(0.01)
+        return text
+
+    monkeypatch.setattr(main, "mock_model", model)
+    texts = [str(number) for number in range(200)]
+    with ThreadPoolExecutor(200) as pool:
+        responses = list(pool.map(partial(predict, api), texts))
+    assert {response.status_code for response in responses} == {200}
+    assert [response.json()["output"]["result"] for response in responses] == texts
+
+
+def in_one_batch(*requests_, cancel=None):
+    """Send each of these commands as a request of its own, all in one batch; return what they got."""
+
+    async def send():
+        async with fakeredis.FakeAsyncRedis() as client:
+            pipeline = main.Pipeline(client)
+            tasks = [asyncio.ensure_future(pipeline.execute(*commands)) for commands in requests_]
+            await asyncio.sleep(0)
+            if cancel is not None:
+                tasks[cancel].cancel()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(send())
+
+
+def test_error_of_one_request_is_not_that_of_another():
+    one, two, three = in_one_batch(
+        [("SET", "a", "1")], [("NONSENSE",)], [("GET", "a"), ("GET", "b")]
+    )
+    assert one == [True]
+    assert isinstance(two, redis.ResponseError)
+    assert three == [b"1", None]
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_request_that_is_cancelled_leaves_its_batch_alone(cancelled):
+    replies = in_one_batch([("ECHO", "0")], [("ECHO", "1")], cancel=cancelled)
+    assert isinstance(replies[cancelled], asyncio.CancelledError)
+    assert replies[1 - cancelled] == [str(1 - cancelled).encode()]
+
+
+# --- Workers that end -------------------------------------------------------------------------
+
+
+def test_killed_worker_loses_nothing(redis_port, start_worker):
+    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port, "PREDICTION_TIMEOUT": 1}
+    doomed = start_worker(PREDICTION_LATENCY=LONG, **settings)
+    heir = start_worker(PREDICTION_LATENCY=0.1, **settings).started()
+    doomed.started()
+    with ThreadPoolExecutor(20) as pool:
+        urls = list(pool.map(partial(accept, doomed.url), map(str, range(20))))
+        doomed.process.kill()
+        urls = [url.replace(doomed.url, heir.url) for url in urls]
+        done = [response.json() for response in pool.map(poll, urls)]
+        assert [one["status"] for one in done] == ["completed"] * 20
+        assert [one["output"]["input"] for one in done] == [str(number) for number in range(20)]
+        assert [response.json() for response in pool.map(requests.get, urls)] == done
+
+
+def test_worker_told_to_stop_finishes_first(redis_port, start_worker):
+    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port}
+    worker = start_worker(PREDICTION_LATENCY=0.5, **settings).started()
+    url = accept(worker.url)
+    worker.process.terminate()
+    assert worker.process.wait(LONG) in (0, -signal.SIGTERM)
+    with contextlib.closing(redis.Redis(port=redis_port)) as client:
+        stored = client.get(url.rsplit("/", 1)[1].join(["prediction:", ":output"]))
+    assert json.loads(stored)["status"] == "completed"
+
+
+def test_worker_cut_short_hands_its_predictions_back(redis_port, start_worker):
+    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port, "PREDICTION_TIMEOUT": 600}
+    option = "--timeout-graceful-shutdown=1"
+    hasty = start_worker(option, PREDICTION_LATENCY=500, **settings)
+    heir = start_worker(PREDICTION_LATENCY=0, **settings).started()
+    hasty.started()
+    urls = [accept(hasty.url).replace(hasty.url, heir.url) for _ in range(3)]
+    assert {requests.get(url).status_code for url in urls} == {202}
+    hasty.process.terminate()
+    assert hasty.process.wait(LONG) in (0, -signal.SIGTERM)
+    assert [poll(url).json()["status"] for url in urls] == ["completed"] * 3
+
+
+# --- Redis that comes and goes ----------------------------------------------------------------
+
+
+def seconds(function, *args):
+    """Return how long function(*args) took, and what it returned."""
+    start = time.monotonic()
+    value = function(*args)
+    return time.monotonic() - start, value
+
+
+@real
+def test_redis_killed_and_back_loses_nothing(redis_server, start_worker, tmp_path):
+    port, processes = redis_server
+    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
+    worker = start_worker(PREDICTION_LATENCY=1, PREDICTION_TIMEOUT=2, **settings).started()
+    urls = [accept(worker.url, str(number)) for number in range(20)]
+    stop(processes[-1])
+    for request in (partial(requests.get, urls[0]), partial(predict, worker.url)):
+        duration, response = seconds(request)
+        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+        assert response.headers["Retry-After"] == "1"
+        assert duration < 2
+    assert requests.get(worker.url).status_code == 200
+    wait_until(lambda: worker.logged().count("is lost") == 20)  # the outputs had nowhere to go
+    processes.append(start_redis(tmp_path / "redis", port))
+    with ThreadPoolExecutor(20) as pool:
+        done = [response.json()["output"] for response in pool.map(poll, urls)]
+    assert [output["status"] for output in done] == ["completed"] * 20
+    assert [output["input"] for output in done] == [str(number) for number in range(20)]
+
+
+@real
+def test_frozen_redis_is_503_within_5_s(redis_server, start_worker):
+    port, processes = redis_server
+    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=0).started()
+    url = accept(worker.url)
+    assert poll(url).status_code == 200
+    processes[-1].send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(100) as pool:
+        results = list(pool.map(seconds, [requests.get] * 100, [url] * 100))
+    assert {response.status_code for _, response in results} == {503}
+    assert max(duration for duration, _ in results) < 5
+    assert requests.get(worker.url).status_code == 200
+    processes[-1].send_signal(signal.SIGCONT)
+    wait_until(lambda: requests.get(url).status_code == 200)
+
+
+@real
+def test_many_requests_share_few_connections(redis_server, start_worker):
+    port, _ = redis_server
+    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=1).started()
+    with ThreadPoolExecutor(200) as pool, contextlib.closing(redis.Redis(port=port)) as client:
+        futures = [pool.submit(predict, worker.url) for _ in range(200)]
+        wait_until(lambda: len(client.keys("*:lease")) == 200)
+        assert client.info("clients")["connected_clients"] < 5
+        assert {future.result().status_code for future in futures} == {200}
+
+
+def test_api_that_starts_without_its_redis_waits_for_it(tmp_path, start_worker):
+    port = free_port()
+    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=0).started()
+    assert worker.logged().count("ERROR") == 1
+    assert "Redis is unavailable" in worker.logged()
+    response = predict(worker.url)
+    assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+    if shutil.which("redis-server"):
+        process = start_redis(tmp_path / "redis", port)
+        try:
+            assert predict(worker.url).status_code == 200
+        finally:
+            stop(process)
+
+
+# --- Settings ---------------------------------------------------------------------------------
+
+
+def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
+    worker = start_worker(REDIS_PORT=free_port(), PREDICTION_LATENCY=0.1).started()
+    assert poll(accept(worker.url)).json()["status"] == "completed"
+    assert worker.logged().count("WARNING") == 1
+    assert "Set REDIS_HOST to use a real" in worker.logged()
+    worker.process.terminate()
+    assert worker.process.wait(LONG) in (0, -signal.SIGTERM)
+    assert "Traceback" not in worker.logged()
+
+
+def test_redis_that_wants_a_password_is_not_replaced(tmp_path, start_worker):
+    if not shutil.which("redis-server"):
+        pytest.skip("no redis-server program on this machine")
+    port = free_port()
+    process = start_redis(tmp_path / "redis", port)
+    try:
+        redis.Redis(port=port).config_set("requirepass", "secret")
+        right = start_worker(REDIS_PORT=port, REDIS_PASSWORD="secret", PREDICTION_LATENCY=0)
+        wrong = start_worker(REDIS_PORT=port, REDIS_PASSWORD="mistaken")
+        assert predict(right.started().url).status_code == 200
+        response = predict(wrong.started().url)
+        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+        assert "WARNING" not in wrong.logged()
+        assert "mistaken" not in wrong.logged()
+    finally:
+        stop(process)
+
+
+def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, start_worker):
+    env = "PREDICTION_LATENCY=0.1\nPREDICTION_TTL=50\nSOMETHING=else\n"
+    shutil.copy(str(HERE / "main.py"), str(tmp_path))
+    (tmp_path / ".env").write_text(env)
+    code = "import main; print(main.settings.PREDICTION_LATENCY, main.settings.PREDICTION_TTL)"
+    printed = subprocess.check_output(
+        [sys.executable, "-c", code],
+        cwd=str(HERE.parent),
+        env=dict(os.environ, PYTHONPATH=str(tmp_path), PREDICTION_TTL="60"),
+        universal_newlines=True,
+    )
+    assert printed == "0.1 60\n"
+
+
+BAD_SETTINGS = {
+    "REDIS_HOST": [""],
+    "REDIS_PORT": ["0", "65536", "six"],
+    "PREDICTION_LATENCY": ["-1", "nan", "inf", "soon"],
+    "PREDICTION_TIMEOUT": ["0", "nan", "inf", ""],
+    "PREDICTION_TTL": ["0", "1.5", "1e99", "99999999999999999999"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in BAD_SETTINGS for value in BAD_SETTINGS[name]]
+)
+def test_bad_setting_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=name):
+        main.Settings(_env_file=None)
+
+
+def test_bad_setting_stops_the_start(start_worker):
+    worker = start_worker(REDIS_PORT="six", REDIS_PASSWORD="swordfish")
+    assert worker.process.wait(LONG) != 0
+    assert "REDIS_PORT" in worker.logged()
+    assert "swordfish" not in worker.logged()
+
+
+def test_env_example_lists_every_setting_at_its_default(monkeypatch):
+    text = (HERE / ".env.example").read_text()
+    assert all(line.startswith("#") for line in text.splitlines() if line)
+    lines = dict(re.findall(r"^# ([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    for name in lines:
+        monkeypatch.delenv(name, raising=False)
+    defaults = main.Settings(_env_file=None)
+    assert list(lines) == list(main.Settings.model_fields)
+    for name, value in lines.items():
+        monkeypatch.setenv(name, value)
+    assert main.Settings(_env_file=None) == defaults

@@ -132,11 +132,11 @@ class Pipeline:
         for command in commands:
             self.batch.execute_command(*command)
         # Subtle: a batch is shared, so a request that is cancelled must not cancel it.
-        replies = await asyncio.shield(self.replies)
-        for reply in replies[start : start + len(commands)]:
+        replies = (await asyncio.shield(self.replies))[start : start + len(commands)]
+        for reply in replies:
             if isinstance(reply, RedisError):
                 raise reply
-        return replies[start : start + len(commands)]
+        return replies
 
     async def _send(self) -> List[Any]:
         async with self.turn:
@@ -145,7 +145,10 @@ class Pipeline:
 
 
 async def connect() -> Redis:
-    """Return a client of Redis; where there is none and nobody asked for one, of a stand-in."""
+    """Return a client of Redis, or of an in-process stand-in if there is no Redis to be had.
+
+    Who sets REDIS_HOST wants that Redis and no stand-in, even if it is away at the moment.
+    """
     client = Redis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -153,7 +156,7 @@ async def connect() -> Redis:
         protocol=2,  # with 3, redis-py 8 does not notice that a restarted Redis has hung up
         socket_connect_timeout=0.9,  # seconds
         socket_timeout=2,  # seconds
-        retry=Retry(NoBackoff(), 0),  # a client that gets 503 can decide for itself
+        retry=Retry(NoBackoff(), 0),  # the client of the API, which gets 503, may try again
     )
     try:
         await client.ping()
@@ -165,8 +168,8 @@ async def connect() -> Redis:
             await client.aclose()
             client = FakeAsyncRedis()
             logger.warning(
-                "No Redis at its default address: predictions are kept in this one process "
-                "and forgotten when it exits. Set REDIS_HOST to use a real one."
+                "No Redis at its default address. Predictions are kept in this one process and "
+                "forgotten when it exits. Set REDIS_HOST to use a real Redis."
             )
     return client
 
@@ -176,7 +179,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     client = await connect()
     app.state.redis = redis = Pipeline(client)
     yield
-    if attempts:  # uvicorn lost patience and cancelled them, so hand their leases back
+    if attempts:  # uvicorn has waited long enough and cancelled them: hand back their leases
         with suppress(RedisError):
             await redis.execute(("DEL", *(f"{key}:lease" for key in attempts)))
     await client.aclose()
@@ -188,9 +191,9 @@ async def get_redis(request: Request) -> Pipeline:
 
 
 def take_lease(key: str) -> Tuple[Any, ...]:
-    """Return the command; Redis replies OK, or nil if another worker has the lease.
+    """Return the command that takes the lease, or gets nil if another worker has it.
 
-    See "Patterns" at https://redis.io/docs/latest/commands/set/
+    This use of SET is described at https://redis.io/docs/latest/commands/set/#patterns
     """
     return ("SET", f"{key}:lease", WORKER, "NX", "PX", int(settings.PREDICTION_TIMEOUT * 1000))
 
@@ -199,10 +202,11 @@ def take_lease(key: str) -> Tuple[Any, ...]:
 
 
 async def mock_model(text: str) -> str:
-    """Return a random result after PREDICTION_LATENCY.
+    """Return a random result after PREDICTION_LATENCY: text in, text out.
 
-    Every request waits while a model computes or blocks here, so call such a model in a thread:
-    return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
+    While code in here computes or blocks, all requests wait. Run a model that does so in a thread:
+
+        return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
@@ -217,13 +221,13 @@ async def make_attempt(redis: Pipeline, key: str, text: str) -> Output:
     try:
         result = await asyncio.wait_for(mock_model(text), settings.PREDICTION_TIMEOUT)
         output = Output(status=Status.completed, input=text, result=result).model_dump_json()
-    except asyncio.CancelledError:  # this worker has to stop: lifespan hands the lease back
+    except asyncio.CancelledError:  # the worker has to stop; lifespan hands the lease back
         raise
     except Exception:
         logger.exception("The attempt at %s failed", key)
         output = Output(status=Status.failed, input=text, result=None).model_dump_json()
     attempts.discard(key)
-    # Subtle: with NX, the output of a second attempt does not replace that of the first.
+    # Subtle: NX keeps the output that came first, so what a client has seen never changes.
     _, first = await redis.execute(
         ("SET", f"{key}:output", output, "NX", "EX", settings.PREDICTION_TTL),
         ("GET", f"{key}:output"),
@@ -234,7 +238,7 @@ async def make_attempt(redis: Pipeline, key: str, text: str) -> Output:
 async def make_attempt_in_background(redis: Pipeline, key: str, text: str) -> None:
     try:
         await make_attempt(redis, key, text)
-    except RedisError as error:  # a poll makes another attempt once the lease has run out
+    except RedisError as error:  # once the lease has run out, a poll starts another attempt
         logger.error("The output of %s is lost: %s", key, error)
 
 
@@ -253,7 +257,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input, which FastAPI would repeat: NaN, for one, cannot be sent as JSON."""
+    """Leave out the input, which FastAPI repeats: a NaN in it, for one, cannot be sent as JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -286,7 +290,7 @@ async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,
     async_mode: bool = Header(default=False, convert_underscores=False),
-    # Proxies such as nginx drop a header whose name has an underscore.
+    # The same header for clients behind a proxy such as nginx, which drops names with "_".
     hyphenated: bool = Header(default=False, alias="Async-Mode", include_in_schema=False),
     redis: Pipeline = Depends(get_redis),
 ) -> Union[Prediction, JSONResponse]:

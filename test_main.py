@@ -654,7 +654,7 @@ def test_predictions_are_made_at_once(api, monkeypatch):
 
 
 def in_one_batch(*requests_, cancel=None):
-    """Send each of these commands as a request of its own, all in one batch; return what they got."""
+    """Send the commands of several requests in one batch; return what each request got."""
 
     async def send():
         async with fakeredis.FakeAsyncRedis() as client:

@@ -23,11 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import fakeredis
+import nbformat
 import pytest
 import redis
 import redis.asyncio
 import requests
 import uvicorn
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 import main
 
@@ -132,6 +135,10 @@ def start_redis(folder, port):
     return process
 
 
+def at(port):
+    return {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
+
+
 def stop(process):
     process.send_signal(signal.SIGCONT)  # in case the test has frozen it
     process.kill()
@@ -174,30 +181,14 @@ def server():
     assert not thread.is_alive()
 
 
-@pytest.fixture(params=["fakeredis", pytest.param("redis-server", marks=real)])
-def store(request, monkeypatch):
-    """A client of an empty store; main.settings is set up for the API to use it too."""
+@contextlib.contextmanager
+def served(server, monkeypatch, **settings):
+    """Serve, at the URL that this yields, with these settings and the store that they name."""
+    url, loop = server
     for name in main.Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
-    if request.param == "fakeredis":  # REDIS_HOST is not set and nothing answers at REDIS_PORT
-        server = fakeredis.FakeServer()
-        monkeypatch.setattr(main, "FakeAsyncRedis", partial(main.FakeAsyncRedis, server=server))
-        address = {"REDIS_PORT": free_port()}
-        client = fakeredis.FakeRedis(server=server)
-    else:
-        port, _ = request.getfixturevalue("redis_server")
-        address = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
-        client = redis.Redis(port=port)
-    settings = main.Settings(_env_file=None, PREDICTION_LATENCY=0.1, **address)
+    settings = main.Settings(_env_file=None, **settings)
     monkeypatch.setattr(main, "settings", settings)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def api(server, store, monkeypatch):
-    """The URL of a live API on that store; its settings and its model can be changed meanwhile."""
-    url, loop = server
 
     async def connect():
         return main.Pipeline(await main.connect())
@@ -210,6 +201,32 @@ def api(server, store, monkeypatch):
     yield url
     wait_until(lambda: not main.attempts)
     asyncio.run_coroutine_threadsafe(pipeline.client.aclose(), loop).result(LONG)
+
+
+@pytest.fixture(params=["fakeredis", pytest.param("redis-server", marks=real)])
+def backend(request, monkeypatch):
+    """A client of an empty store, and the settings with which the API uses the same one."""
+    if request.param == "fakeredis":  # REDIS_HOST is not set and nothing answers at REDIS_PORT
+        server = fakeredis.FakeServer()
+        monkeypatch.setattr(main, "FakeAsyncRedis", partial(main.FakeAsyncRedis, server=server))
+        client, settings = fakeredis.FakeRedis(server=server), {"REDIS_PORT": free_port()}
+    else:
+        settings = at(request.getfixturevalue("redis_server")[0])
+        client = redis.Redis(port=settings["REDIS_PORT"])
+    yield client, settings
+    client.close()
+
+
+@pytest.fixture
+def store(backend):
+    return backend[0]
+
+
+@pytest.fixture
+def api(server, backend, monkeypatch):
+    """The URL of a live API on that store; a test can change main.settings and the model."""
+    with served(server, monkeypatch, PREDICTION_LATENCY=0.1, **backend[1]) as url:
+        yield url
 
 
 class Worker:
@@ -687,43 +704,40 @@ def test_request_that_is_cancelled_leaves_its_batch_alone(cancelled):
 # --- Workers that end -------------------------------------------------------------------------
 
 
-def test_killed_worker_loses_nothing(redis_port, start_worker):
-    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port, "PREDICTION_TIMEOUT": 1}
-    doomed = start_worker(PREDICTION_LATENCY=LONG, **settings)
-    heir = start_worker(PREDICTION_LATENCY=0.1, **settings).started()
-    doomed.started()
+def test_killed_worker_loses_nothing(redis_port, start_worker, server, monkeypatch):
+    settings = dict(at(redis_port), PREDICTION_TIMEOUT=1)
+    doomed = start_worker(PREDICTION_LATENCY=LONG, **settings).started()
     with ThreadPoolExecutor(20) as pool:
         urls = list(pool.map(partial(accept, doomed.url), map(str, range(20))))
         doomed.process.kill()
-        urls = [url.replace(doomed.url, heir.url) for url in urls]
-        done = [response.json() for response in pool.map(poll, urls)]
-        assert [one["status"] for one in done] == ["completed"] * 20
-        assert [one["output"]["input"] for one in done] == [str(number) for number in range(20)]
-        assert [response.json() for response in pool.map(requests.get, urls)] == done
+        with served(server, monkeypatch, PREDICTION_LATENCY=0.1, **settings) as heir:
+            urls = [url.replace(doomed.url, heir) for url in urls]
+            done = [response.json() for response in pool.map(poll, urls)]
+            assert [one["status"] for one in done] == ["completed"] * 20
+            assert [one["output"]["input"] for one in done] == list(map(str, range(20)))
+            assert [response.json() for response in pool.map(requests.get, urls)] == done
 
 
-def test_worker_told_to_stop_finishes_first(redis_port, start_worker):
-    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port}
-    worker = start_worker(PREDICTION_LATENCY=0.5, **settings).started()
+def test_worker_told_to_stop_finishes_first(redis_port, start_worker, server, monkeypatch):
+    worker = start_worker(PREDICTION_LATENCY=0.5, **at(redis_port)).started()
     url = accept(worker.url)
     worker.process.terminate()
     assert worker.process.wait(LONG) in (0, -signal.SIGTERM)
-    with contextlib.closing(redis.Redis(port=redis_port)) as client:
-        stored = client.get(url.rsplit("/", 1)[1].join(["prediction:", ":output"]))
-    assert json.loads(stored)["status"] == "completed"
+    with served(server, monkeypatch, **at(redis_port)) as heir:
+        assert requests.get(url.replace(worker.url, heir)).json()["status"] == "completed"
 
 
-def test_worker_cut_short_hands_its_predictions_back(redis_port, start_worker):
-    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": redis_port, "PREDICTION_TIMEOUT": 600}
-    option = "--timeout-graceful-shutdown=1"
-    hasty = start_worker(option, PREDICTION_LATENCY=500, **settings)
-    heir = start_worker(PREDICTION_LATENCY=0, **settings).started()
-    hasty.started()
-    urls = [accept(hasty.url).replace(hasty.url, heir.url) for _ in range(3)]
-    assert {requests.get(url).status_code for url in urls} == {202}
-    hasty.process.terminate()
-    assert hasty.process.wait(LONG) in (0, -signal.SIGTERM)
-    assert [poll(url).json()["status"] for url in urls] == ["completed"] * 3
+def test_worker_cut_short_hands_its_predictions_back(redis_port, start_worker, server, monkeypatch):
+    settings = dict(at(redis_port), PREDICTION_TIMEOUT=600)
+    hasty = start_worker(
+        "--timeout-graceful-shutdown=1", PREDICTION_LATENCY=500, **settings
+    ).started()
+    with served(server, monkeypatch, PREDICTION_LATENCY=0, **settings) as heir:
+        urls = [accept(hasty.url).replace(hasty.url, heir) for _ in range(3)]
+        assert {requests.get(url).status_code for url in urls} == {202}
+        hasty.process.terminate()
+        assert hasty.process.wait(LONG) in (0, -signal.SIGTERM)
+        assert [poll(url).json()["status"] for url in urls] == ["completed"] * 3
 
 
 # --- Redis that comes and goes ----------------------------------------------------------------
@@ -736,57 +750,75 @@ def seconds(function, *args):
     return time.monotonic() - start, value
 
 
+@pytest.fixture
+def real_api(server, redis_server, monkeypatch):
+    """The URL of a live API on the real Redis that a test can kill or freeze."""
+    with served(server, monkeypatch, PREDICTION_LATENCY=0.5, **at(redis_server[0])) as url:
+        yield url
+
+
 @real
-def test_redis_killed_and_back_loses_nothing(redis_server, start_worker, tmp_path):
+def test_redis_killed_and_back_loses_nothing(real_api, redis_server, tmp_path, caplog):
     port, processes = redis_server
-    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
-    worker = start_worker(PREDICTION_LATENCY=1, PREDICTION_TIMEOUT=2, **settings).started()
-    urls = [accept(worker.url, str(number)) for number in range(20)]
+    main.settings.PREDICTION_TIMEOUT = 2
+    urls = [accept(real_api, str(number)) for number in range(20)]
     stop(processes[-1])
-    for request in (partial(requests.get, urls[0]), partial(predict, worker.url)):
+    for request in (partial(requests.get, urls[0]), partial(predict, real_api)):
         duration, response = seconds(request)
         assert (response.status_code, response.json()) == (503, UNAVAILABLE)
         assert response.headers["Retry-After"] == "1"
         assert duration < 2
-    assert requests.get(worker.url).status_code == 200
-    wait_until(lambda: worker.logged().count("is lost") == 20)  # the outputs had nowhere to go
+    assert requests.get(real_api).status_code == 200
+    wait_until(lambda: caplog.text.count("is lost") == 20)  # the outputs had nowhere to go
     processes.append(start_redis(tmp_path / "redis", port))
     with ThreadPoolExecutor(20) as pool:
         done = [response.json()["output"] for response in pool.map(poll, urls)]
     assert [output["status"] for output in done] == ["completed"] * 20
-    assert [output["input"] for output in done] == [str(number) for number in range(20)]
+    assert [output["input"] for output in done] == list(map(str, range(20)))
 
 
 @real
-def test_frozen_redis_is_503_within_5_s(redis_server, start_worker):
-    port, processes = redis_server
-    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=0).started()
-    url = accept(worker.url)
+def test_frozen_redis_is_503_within_5_s(real_api, redis_server):
+    _, processes = redis_server
+    url = accept(real_api)
     assert poll(url).status_code == 200
     processes[-1].send_signal(signal.SIGSTOP)
     with ThreadPoolExecutor(100) as pool:
         results = list(pool.map(seconds, [requests.get] * 100, [url] * 100))
     assert {response.status_code for _, response in results} == {503}
     assert max(duration for duration, _ in results) < 5
-    assert requests.get(worker.url).status_code == 200
+    assert requests.get(real_api).status_code == 200
     processes[-1].send_signal(signal.SIGCONT)
     wait_until(lambda: requests.get(url).status_code == 200)
 
 
 @real
-def test_many_requests_share_few_connections(redis_server, start_worker):
-    port, _ = redis_server
-    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=1).started()
-    with ThreadPoolExecutor(200) as pool, contextlib.closing(redis.Redis(port=port)) as client:
-        futures = [pool.submit(predict, worker.url) for _ in range(200)]
-        wait_until(lambda: len(client.keys("*:lease")) == 200)
-        assert client.info("clients")["connected_clients"] < 5
+def test_many_requests_share_few_connections(real_api, redis_server):
+    with contextlib.closing(redis.Redis(port=redis_server[0])) as client:
+        with ThreadPoolExecutor(200) as pool:
+            futures = [pool.submit(predict, real_api) for _ in range(200)]
+            wait_until(lambda: len(client.keys("*:lease")) == 200)
+            assert client.info("clients")["connected_clients"] < 5
         assert {future.result().status_code for future in futures} == {200}
+
+
+@real
+def test_redis_that_wants_a_password(redis_server, server, monkeypatch, caplog):
+    port, _ = redis_server
+    with contextlib.closing(redis.Redis(port=port)) as client:
+        client.config_set("requirepass", "swordfish")
+    with served(server, monkeypatch, REDIS_PORT=port, REDIS_PASSWORD="swordfish") as url:
+        assert accept(url)
+    assert caplog.text == ""
+    with served(server, monkeypatch, REDIS_PORT=port) as url:  # no REDIS_HOST, but an answer
+        response = predict(url)
+    assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+    assert {record.levelname for record in caplog.records} == {"ERROR"}
 
 
 def test_api_that_starts_without_its_redis_waits_for_it(tmp_path, start_worker):
     port = free_port()
-    worker = start_worker(REDIS_HOST="127.0.0.1", REDIS_PORT=port, PREDICTION_LATENCY=0).started()
+    worker = start_worker(PREDICTION_LATENCY=0, **at(port)).started()
     assert worker.logged().count("ERROR") == 1
     assert "Redis is unavailable" in worker.logged()
     response = predict(worker.url)
@@ -810,24 +842,6 @@ def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
     worker.process.terminate()
     assert worker.process.wait(LONG) in (0, -signal.SIGTERM)
     assert "Traceback" not in worker.logged()
-
-
-def test_redis_that_wants_a_password_is_not_replaced(tmp_path, start_worker):
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server program on this machine")
-    port = free_port()
-    process = start_redis(tmp_path / "redis", port)
-    try:
-        redis.Redis(port=port).config_set("requirepass", "secret")
-        right = start_worker(REDIS_PORT=port, REDIS_PASSWORD="secret", PREDICTION_LATENCY=0)
-        wrong = start_worker(REDIS_PORT=port, REDIS_PASSWORD="mistaken")
-        assert predict(right.started().url).status_code == 200
-        response = predict(wrong.started().url)
-        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
-        assert "WARNING" not in wrong.logged()
-        assert "mistaken" not in wrong.logged()
-    finally:
-        stop(process)
 
 
 def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, start_worker):
@@ -880,3 +894,66 @@ def test_env_example_lists_every_setting_at_its_default(monkeypatch):
     for name, value in lines.items():
         monkeypatch.setenv(name, value)
     assert main.Settings(_env_file=None) == defaults
+
+
+# --- The walkthrough --------------------------------------------------------------------------
+
+
+def notebook():
+    return nbformat.read(str(HERE / "walkthrough.ipynb"), as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(notebook, api_url):
+    """Run all cells in a kernel of their own, as Jupyter does on a machine with no Redis."""
+    clean = {k: v for k, v in os.environ.items() if k not in main.Settings.model_fields}
+    settings = {"API_URL": api_url, "PREDICTION_LATENCY": "0.2", "REDIS_PORT": str(free_port())}
+    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(HERE)}})
+    client.execute(env=dict(clean, **settings))
+
+
+def test_walkthrough_runs_whole(start_worker, monkeypatch):
+    """With an API, without one, and with a cell that fails: all at once, as each takes a while."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # so that the kernel is of this Python
+    live = start_worker(REDIS_PORT=free_port(), PREDICTION_LATENCY=0.2).started().url
+    free, free_again = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    broken = notebook()
+    code_cells(broken)[1].source += "\nassert False, 'this cell fails'"
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(run, notebook(), live), pool.submit(run, notebook(), free)]
+        with pytest.raises(CellExecutionError, match="this cell fails"):
+            pool.submit(run, broken, free_again).result()
+        assert [one.result() for one in runs] == [None, None]
+    assert [bool(answers(url)) for url in (live, free, free_again)] == [True, False, False]
+
+
+def test_walkthrough_was_saved_from_one_fresh_run():
+    cells = code_cells(notebook())
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {
+        "stream",
+        "execute_result",
+        "display_data",
+    }
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert {kind for output in outputs for kind in output.get("data", {})} == {"text/plain"}
+    assert not re.search(r"/(home|root|tmp|Users|var|work)/", json.dumps(outputs))
+
+
+def test_walkthrough_asserts_what_it_claims():
+    chapters = "\n".join(
+        cell.source if cell.cell_type == "code" else re.sub("(?m)^## .*", "\0", cell.source)
+        for cell in notebook().cells
+    ).split("\0")[1:-1]  # all but what stands before the first heading, and the end
+    assert len(chapters) == 8
+    assert all("assert " in chapter for chapter in chapters)
+
+
+def test_walkthrough_is_easy_to_read():
+    cells = code_cells(notebook())
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 15
+    assert abs(len(notebook().cells) - 2 * len(cells)) <= 2  # prose and code, one to one

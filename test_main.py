@@ -560,6 +560,7 @@ def orphan(store, text="orphan"):
 
 
 def test_orphan_is_taken_over_by_one_poll_of_many(api, store, calls):
+    main.settings.PREDICTION_LATENCY = 1
     url = api + orphan(store)
     with ThreadPoolExecutor(20) as pool:
         responses = list(pool.map(requests.get, [url] * 20))

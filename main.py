@@ -10,20 +10,21 @@ The words used below:
 
     prediction id   a random UUID that names one prediction: 1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed
     worker          a process that runs this file; all workers on one Redis share all predictions
-    accepted        the prediction is in Redis: it can be polled, and survives its worker
+    accepted        the record of the prediction is in Redis, so it can outlive its worker
     attempt         one run of the model for a prediction, for PREDICTION_TIMEOUT at most
-    lease           a worker's right to make an attempt; it runs out, even if the worker was killed
+    lease           a worker's right to make an attempt; it expires, also if the worker was killed
     poll            a GET that asks how a prediction is doing
     status          processing, then completed or failed, which are final
 
-A prediction is three keys in Redis. Each is written once, so no two updates can race:
+A prediction is three keys in Redis, its record, its lease and its output:
 
     prediction:1b9d...          {"status": "processing", "input": "Some input data"}
     prediction:1b9d...:lease    web-1:4711, the host and the process id of the worker
     prediction:1b9d...:output   {"status": "completed", "input": "Some input data", "result": "..."}
 
-If a worker is killed, its lease runs out. The next poll, at any worker, then finds neither output
-nor lease, takes the lease and makes a second attempt. So the model may run more than once for a
+Record and output are written once and never changed, so no two updates can race. If a worker is
+killed, it leaves a record, no output, and a lease that expires. The next poll after that, at any
+worker, takes the lease and makes a second attempt. So the model may run more than once for a
 prediction (at least once, not exactly once), but only the first output is kept.
 """
 
@@ -49,7 +50,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
-logger = logging.getLogger("uvicorn.error")  # what uvicorn prints, errors or not
+logger = logging.getLogger("uvicorn.error")  # in spite of its name, all that uvicorn prints
 
 # --- Settings ---------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
 
     REDIS_HOST: str = Field(default="localhost", min_length=1)
     REDIS_PORT: int = Field(default=6379, ge=1, le=65535)
-    REDIS_PASSWORD: SecretStr = SecretStr("")  # empty: none
+    REDIS_PASSWORD: SecretStr = SecretStr("")  # empty: no password
     PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds
     PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds: time-to-live in Redis
@@ -109,14 +110,14 @@ class Detail(BaseModel):
 # --- Redis: where predictions are kept --------------------------------------------------------
 
 WORKER = f"{socket.gethostname()}:{os.getpid()}"
-attempts: Set[str] = set()  # the keys of the predictions that this worker is making right now
+running: Set[str] = set()  # the keys of the predictions that this worker is making right now
 
 
-class Pipeline:
+class Batcher:
     """Sends the commands of all requests to Redis over one connection, a batch at a time.
 
     Commands that come while a batch is under way go out together in the next one. So 2,000
-    requests at once need one connection, and none of them waits longer than for two batches.
+    requests at once need one connection, and each of them waits for two batches at most.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -125,12 +126,12 @@ class Pipeline:
         self.batch = client.pipeline(transaction=False)
 
     async def execute(self, *commands: Tuple[Any, ...]) -> List[Any]:
-        """Return Redis's reply to each command. Raise RedisError if there is none."""
+        """Return the reply of Redis to each command; raise RedisError if there is none."""
         start = len(self.batch)
         if start == 0:
             self.replies = asyncio.ensure_future(self._send())
         for command in commands:
-            self.batch.execute_command(*command)
+            self.batch.execute_command(*command)  # adds it to the batch
         # Subtle: a batch is shared, so a request that is cancelled must not cancel it.
         replies = (await asyncio.shield(self.replies))[start : start + len(commands)]
         for reply in replies:
@@ -145,31 +146,29 @@ class Pipeline:
 
 
 async def connect() -> Redis:
-    """Return a client of Redis, or of an in-process stand-in if there is no Redis to be had.
-
-    Who sets REDIS_HOST wants that Redis and no stand-in, even if it is away at the moment.
-    """
+    """Return a client of Redis; if REDIS_HOST is not set and none answers, of a stand-in."""
     client = Redis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
         password=settings.REDIS_PASSWORD.get_secret_value(),
-        protocol=2,  # with 3, redis-py 8 does not notice that a restarted Redis has hung up
+        protocol=2,  # with 3, redis-py 8 does not notice that Redis has closed a connection
         socket_connect_timeout=0.9,  # seconds
         socket_timeout=2,  # seconds
-        retry=Retry(NoBackoff(), 0),  # the client of the API, which gets 503, may try again
+        retry=Retry(NoBackoff(), 0),  # none: the caller of the API gets 503 and may retry
     )
     try:
         await client.ping()
     except RedisError as error:
-        answered = type(error) not in (ConnectionError, TimeoutError)  # it wants a password, say
+        # Not isinstance: their subclasses are answers of a Redis, such as "wrong password".
+        answered = type(error) not in (ConnectionError, TimeoutError)
         if answered or "REDIS_HOST" in settings.model_fields_set:
             logger.error("Redis is unavailable, requests get 503 until it is back: %s", error)
         else:
             await client.aclose()
             client = FakeAsyncRedis()
             logger.warning(
-                "No Redis at its default address. Predictions are kept in this one process and "
-                "forgotten when it exits. Set REDIS_HOST to use a real Redis."
+                "No Redis answers, so predictions are kept in this one process and forgotten "
+                "when it exits. Set REDIS_HOST to use a real Redis."
             )
     return client
 
@@ -177,25 +176,27 @@ async def connect() -> Redis:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     client = await connect()
-    app.state.redis = redis = Pipeline(client)
+    app.state.redis = redis = Batcher(client)
     yield
-    if attempts:  # uvicorn has waited long enough and cancelled them: hand back their leases
+    if running:  # uvicorn cancelled these: hand back their leases, so that a poll restarts them
         with suppress(RedisError):
-            await redis.execute(("DEL", *(f"{key}:lease" for key in attempts)))
+            await redis.execute(("DEL", *(f"{key}:lease" for key in running)))
     await client.aclose()
 
 
-async def get_redis(request: Request) -> Pipeline:
-    redis: Pipeline = request.app.state.redis
+async def get_redis(request: Request) -> Batcher:
+    redis: Batcher = request.app.state.redis
     return redis
 
 
-def take_lease(key: str) -> Tuple[Any, ...]:
-    """Return the command that takes the lease, or gets nil if another worker has it.
+def lease_command(key: str) -> Tuple[Any, ...]:
+    """Return the command that takes the lease of a prediction; the reply is nil if it is taken.
 
-    This use of SET is described at https://redis.io/docs/latest/commands/set/#patterns
+    See https://redis.io/docs/latest/commands/set/#patterns. The lease lasts a second longer than
+    an attempt, so that an attempt that timed out is stored as failed before anyone makes another.
     """
-    return ("SET", f"{key}:lease", WORKER, "NX", "PX", int(settings.PREDICTION_TIMEOUT * 1000))
+    milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
+    return ("SET", f"{key}:lease", WORKER, "NX", "PX", milliseconds)
 
 
 # --- Mock model: edit this one function to use your own ---------------------------------------
@@ -215,18 +216,18 @@ async def mock_model(text: str) -> str:
 # --- Background task --------------------------------------------------------------------------
 
 
-async def make_attempt(redis: Pipeline, key: str, text: str) -> Output:
-    """Run the model, store the output, and return the output of the first attempt that ended."""
-    attempts.add(key)
+async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
+    """Run the model and store its output; return the output that was stored first."""
+    running.add(key)
     try:
         result = await asyncio.wait_for(mock_model(text), settings.PREDICTION_TIMEOUT)
         output = Output(status=Status.completed, input=text, result=result).model_dump_json()
-    except asyncio.CancelledError:  # the worker has to stop; lifespan hands the lease back
+    except asyncio.CancelledError:  # the worker has to stop: keep the key for lifespan
         raise
     except Exception:
         logger.exception("The attempt at %s failed", key)
         output = Output(status=Status.failed, input=text, result=None).model_dump_json()
-    attempts.discard(key)
+    running.discard(key)
     # Subtle: NX keeps the output that came first, so what a client has seen never changes.
     _, first = await redis.execute(
         ("SET", f"{key}:output", output, "NX", "EX", settings.PREDICTION_TTL),
@@ -235,11 +236,11 @@ async def make_attempt(redis: Pipeline, key: str, text: str) -> Output:
     return Output.model_validate_json(first)
 
 
-async def make_attempt_in_background(redis: Pipeline, key: str, text: str) -> None:
+async def make_attempt_in_background(redis: Batcher, key: str, text: str) -> None:
     try:
         await make_attempt(redis, key, text)
-    except RedisError as error:  # once the lease has run out, a poll starts another attempt
-        logger.error("The output of %s is lost: %s", key, error)
+    except RedisError as error:  # once the lease has expired, a poll starts another attempt
+        logger.error("The output of %s may be lost: %s", key, error)
 
 
 # --- Routes -----------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input, which FastAPI repeats: a NaN in it, for one, cannot be sent as JSON."""
+    """Answer without the input, which FastAPI would repeat: it may hold NaN, which is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -292,14 +293,17 @@ async def create_prediction(
     async_mode: bool = Header(default=False, convert_underscores=False),
     # The same header for clients behind a proxy such as nginx, which drops names with "_".
     hyphenated: bool = Header(default=False, alias="Async-Mode", include_in_schema=False),
-    redis: Pipeline = Depends(get_redis),
+    redis: Batcher = Depends(get_redis),
 ) -> Union[Prediction, JSONResponse]:
-    """Make a prediction now, or in the background if `async_mode` is true (RFC 9110, 15.3.3)."""
+    """Make a prediction now, or in the background if `async_mode` is true.
+
+    The answer is then 202 Accepted: https://www.rfc-editor.org/rfc/rfc9110#section-15.3.3
+    """
     prediction_id = uuid4()
     key = f"prediction:{prediction_id}"
     record = json.dumps({"status": "processing", "input": body.input})
-    # Subtle: the record comes last. Were it first, a poll in between could take the lease.
-    await redis.execute(take_lease(key), ("SET", key, record, "EX", settings.PREDICTION_TTL))
+    # The record comes last: a lease without a record is harmless, it expires.
+    await redis.execute(lease_command(key), ("SET", key, record, "EX", settings.PREDICTION_TTL))
     if async_mode or hyphenated:
         tasks.add_task(make_attempt_in_background, redis, key, body.input)
         message = "Request received. Processing asynchronously."
@@ -321,16 +325,19 @@ async def create_prediction(
     },
 )
 async def read_prediction(
-    prediction_id: UUID, tasks: BackgroundTasks, redis: Pipeline = Depends(get_redis)
+    prediction_id: UUID, tasks: BackgroundTasks, redis: Batcher = Depends(get_redis)
 ) -> Union[Prediction, JSONResponse]:
-    """Answer a poll, and take the prediction over if its worker is gone."""
+    """Answer a poll. If nobody holds the lease of an unfinished prediction, take it over."""
     key = f"prediction:{prediction_id}"
-    [[record, lease, stored]] = await redis.execute(("MGET", key, f"{key}:lease", f"{key}:output"))
-    if stored:
-        output = Output.model_validate_json(stored)
+    keys = (key, f"{key}:lease", f"{key}:output")
+    [[record, lease, final]] = await redis.execute(("MGET", *keys))
+    if final:
+        output = Output.model_validate_json(final)
         return Prediction(prediction_id=prediction_id, status=output.status, output=output)
     if not record:
         raise HTTPException(404, "Prediction not found.")
-    if not lease and await redis.execute(take_lease(key)) != [None]:
-        tasks.add_task(make_attempt_in_background, redis, key, json.loads(record)["input"])
+    if not lease:
+        [taken] = await redis.execute(lease_command(key))
+        if taken:  # and not by another poll at the same moment
+            tasks.add_task(make_attempt_in_background, redis, key, json.loads(record)["input"])
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})

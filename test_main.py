@@ -190,16 +190,16 @@ def served(server, monkeypatch, **settings):
     monkeypatch.setattr(main, "settings", settings)
 
     async def connect():
-        return main.Pipeline(await main.connect())
+        return main.Batcher(await main.connect())
 
     async def get_redis():
-        return pipeline
+        return batcher
 
-    pipeline = asyncio.run_coroutine_threadsafe(connect(), loop).result(LONG)
+    batcher = asyncio.run_coroutine_threadsafe(connect(), loop).result(LONG)
     monkeypatch.setitem(main.app.dependency_overrides, main.get_redis, get_redis)
     yield url
-    wait_until(lambda: not main.attempts)
-    asyncio.run_coroutine_threadsafe(pipeline.client.aclose(), loop).result(LONG)
+    wait_until(lambda: not main.running)
+    asyncio.run_coroutine_threadsafe(batcher.client.aclose(), loop).result(LONG)
 
 
 @pytest.fixture(params=["fakeredis", pytest.param("redis-server", marks=real)])
@@ -386,7 +386,7 @@ def test_every_key_expires(api, store):
     poll(accept(api))
     lives = sorted(store.ttl(key) for key in store.scan_iter())
     assert len(lives) == 3
-    assert 40 <= lives[0] <= 50  # the lease
+    assert 45 <= lives[0] <= 51  # the lease
     assert 990 <= lives[1] <= lives[2] <= 1000
 
 
@@ -581,13 +581,13 @@ def test_prediction_with_a_lease_is_not_taken_over(api, store, calls):
 def test_lease_that_another_poll_takes_first_is_left_to_it(api, store, calls, monkeypatch):
     path = orphan(store)
     key = path.replace("/predict/", "prediction:") + ":lease"
-    take_lease = main.take_lease
+    lease_command = main.lease_command
 
     def too_late(*args):
         store.set(key, "another worker", px=1_000)
-        return take_lease(*args)
+        return lease_command(*args)
 
-    monkeypatch.setattr(main, "take_lease", too_late)
+    monkeypatch.setattr(main, "lease_command", too_late)
     assert requests.get(api + path).status_code == 202
     assert store.get(key) == b"another worker"
     assert calls == []
@@ -675,8 +675,8 @@ def in_one_batch(*requests_, cancel=None):
 
     async def send():
         async with fakeredis.FakeAsyncRedis() as client:
-            pipeline = main.Pipeline(client)
-            tasks = [asyncio.ensure_future(pipeline.execute(*commands)) for commands in requests_]
+            batcher = main.Batcher(client)
+            tasks = [asyncio.ensure_future(batcher.execute(*commands)) for commands in requests_]
             await asyncio.sleep(0)
             if cancel is not None:
                 tasks[cancel].cancel()
@@ -705,7 +705,7 @@ def test_request_that_is_cancelled_leaves_its_batch_alone(cancelled):
 
 
 def test_killed_worker_loses_nothing(redis_port, start_worker, server, monkeypatch):
-    settings = dict(at(redis_port), PREDICTION_TIMEOUT=1)
+    settings = dict(at(redis_port), PREDICTION_TIMEOUT=0.3)
     doomed = start_worker(PREDICTION_LATENCY=LONG, **settings).started()
     with ThreadPoolExecutor(20) as pool:
         urls = list(pool.map(partial(accept, doomed.url), map(str, range(20))))
@@ -769,7 +769,7 @@ def test_redis_killed_and_back_loses_nothing(real_api, redis_server, tmp_path, c
         assert response.headers["Retry-After"] == "1"
         assert duration < 2
     assert requests.get(real_api).status_code == 200
-    wait_until(lambda: caplog.text.count("is lost") == 20)  # the outputs had nowhere to go
+    wait_until(lambda: caplog.text.count("may be lost") == 20)  # the outputs had nowhere to go
     processes.append(start_redis(tmp_path / "redis", port))
     with ThreadPoolExecutor(20) as pool:
         done = [response.json()["output"] for response in pool.map(poll, urls)]

@@ -778,6 +778,16 @@ def test_redis_killed_and_back_loses_nothing(real_api, redis_server, tmp_path, c
 
 
 @real
+def test_redis_restarted_between_two_requests_goes_unnoticed(real_api, redis_server, tmp_path):
+    port, processes = redis_server
+    url = accept(real_api)
+    before = poll(url).json()
+    stop(processes[-1])
+    processes.append(start_redis(tmp_path / "redis", port))
+    assert requests.get(url).json() == before
+
+
+@real
 def test_frozen_redis_is_503_within_5_s(real_api, redis_server):
     _, processes = redis_server
     url = accept(real_api)

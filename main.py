@@ -48,7 +48,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, RedisError, TimeoutError
+from redis.exceptions import RedisError
 
 logger = logging.getLogger("uvicorn.error")  # in spite of its name, all that uvicorn prints
 
@@ -110,7 +110,7 @@ class Detail(BaseModel):
 # --- Redis: where predictions are kept --------------------------------------------------------
 
 WORKER = f"{socket.gethostname()}:{os.getpid()}"
-running: Set[str] = set()  # the keys of the predictions that this worker is making right now
+running: Set[str] = set()  # keys of the predictions that this worker has begun and not yet stored
 
 
 class Batcher:
@@ -142,11 +142,24 @@ class Batcher:
     async def _send(self) -> List[Any]:
         async with self.turn:
             batch, self.batch = self.batch, self.client.pipeline(transaction=False)
-            return await batch.execute(raise_on_error=False)
+            try:
+                return await batch.execute(raise_on_error=False)
+            except Exception as error:  # of any type: redis-py does not wrap all connection errors
+                raise RedisError(repr(error)) from error
 
 
 async def connect() -> Redis:
-    """Return a client of Redis; if REDIS_HOST is not set and none answers, of a stand-in."""
+    """Return a client of Redis; if REDIS_HOST is not set and nothing answers, of a stand-in."""
+    if "REDIS_HOST" not in settings.model_fields_set:
+        try:
+            _, writer = await asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
+            writer.close()
+        except OSError:
+            logger.warning(
+                "No Redis answers, so predictions are kept in this one process and forgotten "
+                "when it exits. Set REDIS_HOST to use a real Redis."
+            )
+            return FakeAsyncRedis()
     client = Redis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -159,17 +172,7 @@ async def connect() -> Redis:
     try:
         await client.ping()
     except RedisError as error:
-        # Not isinstance: their subclasses are answers of a Redis, such as "wrong password".
-        answered = type(error) not in (ConnectionError, TimeoutError)
-        if answered or "REDIS_HOST" in settings.model_fields_set:
-            logger.error("Redis is unavailable, requests get 503 until it is back: %s", error)
-        else:
-            await client.aclose()
-            client = FakeAsyncRedis()
-            logger.warning(
-                "No Redis answers, so predictions are kept in this one process and forgotten "
-                "when it exits. Set REDIS_HOST to use a real Redis."
-            )
+        logger.error("Redis is unavailable, requests get 503 until it is back: %s", error)
     return client
 
 
@@ -219,20 +222,23 @@ async def mock_model(text: str) -> str:
 async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
     """Run the model and store its output; return the output that was stored first."""
     running.add(key)
+    model = asyncio.ensure_future(mock_model(text))
+    # Subtle: wait_for would go on waiting for a model that ignores its cancellation.
+    await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
     try:
-        result = await asyncio.wait_for(mock_model(text), settings.PREDICTION_TIMEOUT)
+        if model.cancel():  # it was still running
+            raise asyncio.TimeoutError(f"no result after {settings.PREDICTION_TIMEOUT} s")
+        result = model.result()
         output = Output(status=Status.completed, input=text, result=result).model_dump_json()
-    except asyncio.CancelledError:  # the worker has to stop: keep the key for lifespan
-        raise
-    except Exception:
+    except (Exception, asyncio.CancelledError):
         logger.exception("The attempt at %s failed", key)
         output = Output(status=Status.failed, input=text, result=None).model_dump_json()
-    running.discard(key)
     # Subtle: NX keeps the output that came first, so what a client has seen never changes.
     _, first = await redis.execute(
         ("SET", f"{key}:output", output, "NX", "EX", settings.PREDICTION_TTL),
         ("GET", f"{key}:output"),
     )
+    running.discard(key)
     return Output.model_validate_json(first)
 
 

@@ -84,6 +84,13 @@ def wait_until(condition, seconds=LONG):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def clean_environment(**settings):
+    """Return this environment, with these settings and no others."""
+    names = main.Settings.model_fields
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return dict(clean, **{name: str(value) for name, value in settings.items()})
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -233,15 +240,13 @@ class Worker:
 
     def __init__(self, log, options, settings):
         port = free_port()
-        names = main.Settings.model_fields
-        clean = {name: value for name, value in os.environ.items() if name not in names}
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *options],
                 cwd=str(HERE),
-                env=dict(clean, **{name: str(value) for name, value in settings.items()}),
+                env=clean_environment(**settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -317,6 +322,7 @@ def test_synchronous_prediction_is_completed_and_kept(api, store):
 
 
 def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api, store):
+    main.settings.PREDICTION_LATENCY = 0.5
     accepted = predict(api, async_mode="true")
     assert accepted.status_code == 202
     prediction_id = accepted.json()["prediction_id"]
@@ -508,6 +514,17 @@ async def hangs(text):
     await asyncio.Event().wait()
 
 
+async def ignores_its_cancellation(text):
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+
+
+async def raises_cancelled_error(text):
+    raise asyncio.CancelledError
+
+
 async def returns_no_text(text):
     return object()
 
@@ -516,9 +533,19 @@ async def returns_a_lone_surrogate(text):
     return "\ud800"
 
 
-@pytest.mark.parametrize("model", [raises, hangs, returns_no_text, returns_a_lone_surrogate])
+FAILING_MODELS = [
+    raises,
+    hangs,
+    ignores_its_cancellation,
+    raises_cancelled_error,
+    returns_no_text,
+    returns_a_lone_surrogate,
+]
+
+
+@pytest.mark.parametrize("model", FAILING_MODELS)
 def test_model_that_fails(api, store, monkeypatch, caplog, model):
-    main.settings.PREDICTION_TIMEOUT = 0.5
+    main.settings.PREDICTION_TIMEOUT = 0.2
     monkeypatch.setattr(main, "mock_model", model)
     response = predict(api)
     assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
@@ -635,6 +662,7 @@ def test_synchronous_answer_is_the_first_output(api, store, monkeypatch):
 
 
 def test_one_round_trip_before_an_answer(api, monkeypatch):
+    main.settings.PREDICTION_LATENCY = 0.5
     round_trips = []
     execute = redis.asyncio.client.Pipeline.execute
 
@@ -760,8 +788,9 @@ def real_api(server, redis_server, monkeypatch):
 @real
 def test_redis_killed_and_back_loses_nothing(real_api, redis_server, tmp_path, caplog):
     port, processes = redis_server
-    main.settings.PREDICTION_TIMEOUT = 2
-    urls = [accept(real_api, str(number)) for number in range(20)]
+    main.settings.PREDICTION_LATENCY, main.settings.PREDICTION_TIMEOUT = 0.7, 1
+    with ThreadPoolExecutor(20) as pool:
+        urls = list(pool.map(partial(accept, real_api), map(str, range(20))))
     stop(processes[-1])
     for request in (partial(requests.get, urls[0]), partial(predict, real_api)):
         duration, response = seconds(request)
@@ -827,19 +856,50 @@ def test_redis_that_wants_a_password(redis_server, server, monkeypatch, caplog):
     assert {record.levelname for record in caplog.records} == {"ERROR"}
 
 
-def test_api_that_starts_without_its_redis_waits_for_it(tmp_path, start_worker):
-    port = free_port()
-    worker = start_worker(PREDICTION_LATENCY=0, **at(port)).started()
+def test_api_that_starts_without_its_redis_is_503(start_worker):
+    worker = start_worker(**at(free_port())).started()
     assert worker.logged().count("ERROR") == 1
     assert "Redis is unavailable" in worker.logged()
     response = predict(worker.url)
     assert (response.status_code, response.json()) == (503, UNAVAILABLE)
-    if shutil.which("redis-server"):
+
+
+@real
+def test_api_that_starts_before_its_redis_recovers(server, monkeypatch, tmp_path):
+    port = free_port()
+    with served(server, monkeypatch, PREDICTION_LATENCY=0, **at(port)) as url:
+        assert predict(url).status_code == 503
         process = start_redis(tmp_path / "redis", port)
         try:
-            assert predict(worker.url).status_code == 200
+            assert predict(url).status_code == 200
         finally:
             stop(process)
+
+
+def test_redis_that_does_not_accept_connections_is_503_within_2_s(server, monkeypatch):
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # more than fit into its queue, so that the next one gets no answer
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        with served(server, monkeypatch, **at(listener.getsockname()[1])) as url:
+            duration, response = seconds(predict, url)
+    assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+    assert duration < 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError])
+def test_error_that_redis_py_does_not_wrap_is_503(api, monkeypatch, error):
+    async def execute(*args, **kwargs):  # what a connection that was reset can do
+        raise error("the transport is closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redis.asyncio.client.Pipeline, "execute", execute)
+        response = predict(api)
+        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+    assert predict(api).status_code == 200
 
 
 # --- Settings ---------------------------------------------------------------------------------
@@ -863,7 +923,7 @@ def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, start_worke
     printed = subprocess.check_output(
         [sys.executable, "-c", code],
         cwd=str(HERE.parent),
-        env=dict(os.environ, PYTHONPATH=str(tmp_path), PREDICTION_TTL="60"),
+        env=clean_environment(PYTHONPATH=tmp_path, PREDICTION_TTL=60),
         universal_newlines=True,
     )
     assert printed == "0.1 60\n"
@@ -928,10 +988,9 @@ def code_cells(notebook):
 
 def run(notebook, api_url):
     """Run all cells in a kernel of their own, as Jupyter does on a machine with no Redis."""
-    clean = {k: v for k, v in os.environ.items() if k not in main.Settings.model_fields}
-    settings = {"API_URL": api_url, "PREDICTION_LATENCY": "0.2", "REDIS_PORT": str(free_port())}
+    env = clean_environment(API_URL=api_url, PREDICTION_LATENCY=0.2, REDIS_PORT=free_port())
     client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(HERE)}})
-    client.execute(env=dict(clean, **settings))
+    client.execute(env=env)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -251,9 +251,8 @@ async def make_attempt_in_background(redis: Batcher, key: str, text: str) -> Non
 
 # --- Routes -----------------------------------------------------------------------------------
 
-app = FastAPI(
-    title="Mock Model API", lifespan=lifespan, max_body_size=1_000_000, redirect_slashes=False
-)
+app = FastAPI(title="Mock Model API", lifespan=lifespan, redirect_slashes=False)
+app.router.max_body_size = 1_000_000  # bytes; an older FastAPI takes no notice
 
 
 @app.exception_handler(RedisError)

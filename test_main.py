@@ -169,7 +169,8 @@ def redis_server(tmp_path):
 @pytest.fixture(scope="session")
 def server():
     """The URL and the event loop of an API that runs in a thread until all tests are done."""
-    server = uvicorn.Server(uvicorn.Config(main.app, port=0, log_config=None, access_log=False))
+    options = {"port": 0, "ws": "none", "log_config": None, "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(main.app, **options))
     loops = []
 
     async def serve():
@@ -196,6 +197,7 @@ def served(server, monkeypatch, **settings):
         monkeypatch.delenv(name, raising=False)
     settings = main.Settings(_env_file=None, **settings)
     monkeypatch.setattr(main, "settings", settings)
+    monkeypatch.setattr(main, "running", set())
 
     async def connect():
         return main.Batcher(await main.connect())
@@ -363,6 +365,8 @@ def test_no_two_predictions_are_the_same(api):
 def test_mode_header(api, name, value, status):
     response = predict(api, **{name: value})
     assert response.status_code == status
+    if status == 202:
+        assert poll(api + response.headers["Location"]).status_code == 200
     if status == 422:
         [error] = response.json()["detail"]
         assert error["loc"] == ["header", "async_mode" if "_" in name else "Async-Mode"]

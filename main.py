@@ -144,7 +144,7 @@ class Batcher:
             batch, self.batch = self.batch, self.client.pipeline(transaction=False)
             try:
                 return await batch.execute(raise_on_error=False)
-            except Exception as error:  # of any type: redis-py does not wrap all connection errors
+            except Exception as error:  # redis-py does not turn all of them into a RedisError
                 raise RedisError(repr(error)) from error
 
 
@@ -181,7 +181,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     client = await connect()
     app.state.redis = redis = Batcher(client)
     yield
-    if running:  # uvicorn cancelled these: hand back their leases, so that a poll restarts them
+    if running:  # uvicorn has cancelled these: without a lease, the next poll restarts them
         with suppress(RedisError):
             await redis.execute(("DEL", *(f"{key}:lease" for key in running)))
     await client.aclose()
@@ -223,7 +223,8 @@ async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
     """Run the model and store its output; return the output that was stored first."""
     running.add(key)
     model = asyncio.ensure_future(mock_model(text))
-    # Subtle: wait_for would go on waiting for a model that ignores its cancellation.
+    # Subtle: wait_for would go on waiting for a model that ignores its cancellation. If uvicorn
+    # cancels this attempt, it ends on the next line, and lifespan finds its key in running.
     await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
     try:
         if model.cancel():  # it was still running

@@ -1,8 +1,9 @@
 """Mock Model API: how to put a slow model behind FastAPI.
 
 A client waits for its prediction, or has it made in the background and polls for it. Either way
-Redis holds the prediction, so it outlives the process that accepted it. Left out on purpose:
-authentication, rate limits, a task queue (README.md says when to move to one). To run it:
+Redis holds the prediction, so it outlives the process that accepted it. (Where there is no Redis,
+a stand-in within the process does for a demonstration.) Left out on purpose: authentication, rate
+limits, a task queue; README.md says when to move to one. To run it:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
@@ -11,7 +12,7 @@ The words used below:
     prediction id   a random UUID that names one prediction: 1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed
     worker          a process that runs this file; all workers on one Redis share all predictions
     accepted        the record of the prediction is in Redis, so it can outlive its worker
-    attempt         one run of the model for a prediction, for PREDICTION_TIMEOUT at most
+    attempt         one run of the model for a prediction, given up after PREDICTION_TIMEOUT
     lease           a worker's right to make an attempt; it expires, also if the worker was killed
     poll            a GET that asks how a prediction is doing
     status          processing, then completed or failed, which are final
@@ -50,7 +51,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-logger = logging.getLogger("uvicorn.error")  # in spite of its name, all that uvicorn prints
+logger = logging.getLogger("uvicorn.error")  # despite its name, for more than errors
 
 # --- Settings ---------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class Batcher:
         self.batch = client.pipeline(transaction=False)
 
     async def execute(self, *commands: Tuple[Any, ...]) -> List[Any]:
-        """Return the reply of Redis to each command; raise RedisError if there is none."""
+        """Return Redis's reply to each command; raise RedisError if one is missing or an error."""
         start = len(self.batch)
         if start == 0:
             self.replies = asyncio.ensure_future(self._send())
@@ -181,7 +182,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     client = await connect()
     app.state.redis = redis = Batcher(client)
     yield
-    if running:  # uvicorn has cancelled these: without a lease, the next poll restarts them
+    if running:  # cut short, or not stored: without a lease, the next poll makes them again
         with suppress(RedisError):
             await redis.execute(("DEL", *(f"{key}:lease" for key in running)))
     await client.aclose()
@@ -196,7 +197,7 @@ def lease_command(key: str) -> Tuple[Any, ...]:
     """Return the command that takes the lease of a prediction; the reply is nil if it is taken.
 
     See https://redis.io/docs/latest/commands/set/#patterns. The lease lasts a second longer than
-    an attempt, so that an attempt that timed out is stored as failed before anyone makes another.
+    an attempt may, to let one that timed out be stored as failed before anyone makes another.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return ("SET", f"{key}:lease", WORKER, "NX", "PX", milliseconds)
@@ -216,7 +217,7 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- Background task --------------------------------------------------------------------------
+# --- Background task: an attempt at a prediction ----------------------------------------------
 
 
 async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
@@ -224,14 +225,14 @@ async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
     running.add(key)
     model = asyncio.ensure_future(mock_model(text))
     # Subtle: wait_for would go on waiting for a model that ignores its cancellation. If uvicorn
-    # cancels this attempt, it ends on the next line, and lifespan finds its key in running.
+    # stops this worker early, it cancels the next line, and lifespan finds the key in running.
     await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
     try:
         if model.cancel():  # it was still running
             raise asyncio.TimeoutError(f"no result after {settings.PREDICTION_TIMEOUT} s")
         result = model.result()
         output = Output(status=Status.completed, input=text, result=result).model_dump_json()
-    except (Exception, asyncio.CancelledError):
+    except (Exception, asyncio.CancelledError):  # all that the model can raise
         logger.exception("The attempt at %s failed", key)
         output = Output(status=Status.failed, input=text, result=None).model_dump_json()
     # Subtle: NX keeps the output that came first, so what a client has seen never changes.

@@ -565,6 +565,22 @@ def test_model_that_fails(api, store, monkeypatch, caplog, model):
     assert all("The attempt at prediction:" in record.getMessage() for record in failures)
 
 
+def test_model_that_hangs_is_cancelled_and_named_in_the_log(api, monkeypatch, caplog):
+    cancelled = []
+
+    async def model(text):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(text)
+
+    main.settings.PREDICTION_TIMEOUT = 0.2
+    monkeypatch.setattr(main, "mock_model", model)
+    assert predict(api).status_code == 500
+    assert cancelled == ["Some input data"]
+    assert "TimeoutError: no result after 0.2 s" in caplog.text
+
+
 # --- Attempts and leases ----------------------------------------------------------------------
 
 

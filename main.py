@@ -146,7 +146,7 @@ class Batcher:
             try:
                 return await batch.execute(raise_on_error=False)
             except Exception as error:  # redis-py does not turn all of them into a RedisError
-                raise RedisError(repr(error)) from error
+                raise RedisError(f"{type(error).__name__}: {error}") from error
 
 
 async def connect() -> Redis:

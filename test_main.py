@@ -241,14 +241,14 @@ def api(server, backend, monkeypatch):
 class Worker:
     """An API process of its own, which can be killed."""
 
-    def __init__(self, log, options, settings):
+    def __init__(self, folder, log, options, settings):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *options],
-                cwd=str(HERE),
+                cwd=str(folder),
                 env=clean_environment(**settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -263,14 +263,22 @@ class Worker:
         return self.log.read_text()
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with a copy of main.py, and without the .env that may be beside the original."""
+    folder = tmp_path_factory.mktemp("app")
+    shutil.copy(str(HERE / "main.py"), str(folder))
+    return folder
+
+
 @pytest.fixture
-def start_worker(tmp_path):
+def start_worker(folder, tmp_path):
     """Start an API process: start_worker("--an-option-of-uvicorn", A_SETTING="its value")."""
     workers = []
 
     def start(*options, **settings):
         log = tmp_path / f"worker-{len(workers)}.log"
-        workers.append(Worker(log, options, settings))
+        workers.append(Worker(folder, log, options, settings))
         return workers[-1]
 
     yield start
@@ -878,11 +886,12 @@ def test_redis_that_wants_a_password(redis_server, server, monkeypatch, caplog):
 
 
 def test_api_that_starts_without_its_redis_is_503(start_worker):
-    worker = start_worker(**at(free_port())).started()
-    assert worker.logged().count("ERROR") == 1
-    assert "Redis is unavailable" in worker.logged()
+    port = free_port()
+    worker = start_worker(**at(port)).started()
+    assert len(re.findall(f"ERROR: .*{port}", worker.logged())) == 1
     response = predict(worker.url)
     assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+    assert len(re.findall(f"ERROR: .*{port}", worker.logged())) == 2  # the log says which Redis
 
 
 @real
@@ -1003,15 +1012,15 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run(notebook, api_url):
+def run(notebook, folder, api_url):
     """Run all cells in a kernel of their own, as Jupyter does on a machine with no Redis."""
     env = clean_environment(API_URL=api_url, PREDICTION_LATENCY=0.1, REDIS_PORT=free_port())
-    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}})
     client.execute(env=env)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def walkthroughs(request, tmp_path_factory):
+def walkthroughs(request, folder):
     """Runs of the notebook. Each takes a while, so they go on beside the other tests."""
     if not any(item.name.startswith("test_walkthrough_with") for item in request.session.items):
         yield {}
@@ -1020,13 +1029,13 @@ def walkthroughs(request, tmp_path_factory):
     broken = notebook()
     code_cells(broken)[1].source += "\nassert False, 'this cell fails'"
     settings = {"REDIS_PORT": free_port(), "PREDICTION_LATENCY": 0.1}
-    live = Worker(tmp_path_factory.mktemp("live") / "log", [], settings).started()
+    live = Worker(folder, folder / "log", [], settings).started()
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
         patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # so that the kernel is of this Python
         yield {
-            "with an API": (live.url, pool.submit(run, notebook(), live.url)),
-            "without": (free, pool.submit(run, notebook(), free)),
-            "with a cell that fails": (free_again, pool.submit(run, broken, free_again)),
+            "with an API": (live.url, pool.submit(run, notebook(), folder, live.url)),
+            "without": (free, pool.submit(run, notebook(), folder, free)),
+            "with a cell that fails": (free_again, pool.submit(run, broken, folder, free_again)),
         }
     live.process.kill()
     live.process.wait()

@@ -1,47 +1,41 @@
 """Mock Model API: how to put a slow model behind FastAPI.
 
-A client waits for its prediction, or has it made in the background and polls for it. Either way
-Redis holds the prediction, so it outlives the process that accepted it. (Where there is no Redis,
-a stand-in within the process does for a demonstration.) Left out on purpose: authentication, rate
-limits, a task queue; README.md says when to move to one. To run it:
+A client waits for its prediction, or has it made in the background and asks for it later. Redis, a
+server that stores values under keys, holds the prediction, so that it outlives the process that
+accepted it. (Without a Redis, a stand-in in this process will do to try the API.) Left out on
+purpose: authentication, rate limits, a task queue. To run it, in a virtual environment:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
 The words used below:
 
-    prediction id   a random UUID that names one prediction: 1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed
+    prediction id   a random UUID: 1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed
     worker          a process that runs this file; all workers on one Redis share all predictions
-    accepted        the record of the prediction is in Redis, so it can outlive its worker
-    attempt         one run of the model for a prediction, given up after PREDICTION_TIMEOUT
-    lease           a worker's right to make an attempt; it expires, also if the worker was killed
-    poll            a GET that asks how a prediction is doing
+    attempt         one run of the model for a prediction, of at most PREDICTION_TIMEOUT seconds
+    lease           the right to make an attempt; it runs out by itself
     status          processing, then completed or failed, which are final
 
-A prediction is three keys in Redis, its record, its lease and its output:
+A prediction is three keys in Redis:
 
-    prediction:1b9d...          {"status": "processing", "input": "Some input data"}
-    prediction:1b9d...:lease    web-1:4711, the host and the process id of the worker
-    prediction:1b9d...:output   {"status": "completed", "input": "Some input data", "result": "..."}
+    prediction:1b9d...          its record: {"status": "processing", "input": "Hi", "attempt": 1}
+    prediction:1b9d...:lease    its lease: worker-5f0c9a7e, the worker that makes the attempt
+    prediction:1b9d...:output   its output: {"status": "completed", "input": "Hi", "result": "..."}
 
-Record and output are written once and never changed, so no two updates can race. If a worker is
-killed, it leaves a record, no output, and a lease that expires. The next poll after that, at any
-worker, takes the lease and makes a second attempt. So the model may run more than once for a
-prediction (at least once, not exactly once), but only the first output is kept.
+A worker that is killed leaves a record, no output, and a lease that runs out. The next GET of that
+prediction, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model
+runs at least once for a prediction, not exactly once; the first output to be stored is kept.
 """
 
 import asyncio
-import json
 import logging
-import os
-import socket
-from contextlib import asynccontextmanager, suppress
+import pathlib
+from contextlib import asynccontextmanager
 from enum import Enum
-from pathlib import Path
-from typing import Any, AsyncIterator, List, Optional, Set, Tuple, Union
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 from uuid import UUID, uuid4
 
 from fakeredis import FakeAsyncRedis
-from fastapi import BackgroundTasks, Depends, FastAPI, Header, HTTPException, Request
+from fastapi import BackgroundTasks, FastAPI, Header, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, SecretStr
@@ -49,29 +43,36 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
-logger = logging.getLogger("uvicorn.error")  # despite its name, for more than errors
+logger = logging.getLogger("uvicorn.error")  # uvicorn's log for messages of every level
 
 # --- Settings ---------------------------------------------------------------------------------
 
 
 class Settings(BaseSettings):
-    """Read from the environment, else from .env beside this file, else the default."""
+    """Each comes from the environment, else from .env beside this file, else from here."""
 
-    model_config = SettingsConfigDict(env_file=Path(__file__).with_name(".env"), extra="ignore")
+    model_config = SettingsConfigDict(
+        env_file=pathlib.Path(__file__).with_name(".env"),
+        env_file_encoding="utf-8-sig",  # with or without the byte order mark of some editors
+        extra="ignore",  # what else .env may hold
+    )
 
     REDIS_HOST: str = Field(default="localhost", min_length=1)
     REDIS_PORT: int = Field(default=6379, ge=1, le=65535)
-    REDIS_PASSWORD: SecretStr = SecretStr("")  # empty: no password
-    PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds
+    REDIS_USERNAME: str = ""
+    REDIS_PASSWORD: SecretStr = SecretStr("")
+    REDIS_TLS: bool = False
+    PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds, of the mock model
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds: time-to-live in Redis
+    PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds that Redis keeps it
 
 
 settings = Settings()
 
-# --- Models: what clients send and receive ----------------------------------------------------
+# --- What clients send and receive ------------------------------------------------------------
 
 
 class PredictionRequest(BaseModel):
@@ -86,7 +87,7 @@ class Status(str, Enum):
 class Output(BaseModel):
     status: Status
     input: str
-    result: Optional[str]  # null if the prediction failed
+    result: Optional[str] = Field(description="null if the prediction failed")
 
 
 class Prediction(BaseModel):
@@ -108,153 +109,261 @@ class Detail(BaseModel):
     detail: str
 
 
-# --- Redis: where predictions are kept --------------------------------------------------------
-
-WORKER = f"{socket.gethostname()}:{os.getpid()}"
-running: Set[str] = set()  # keys of the predictions that this worker has begun and not yet stored
-
-
-class Batcher:
-    """Sends the commands of all requests to Redis over one connection, a batch at a time.
-
-    Commands that come while a batch is under way go out together in the next one. So 2,000
-    requests at once need one connection, and each of them waits for two batches at most.
-    See https://redis.io/docs/latest/develop/using-commands/pipelining/
-    """
-
-    def __init__(self, client: Redis) -> None:
-        self.client, self.turn = client, asyncio.Lock()
-        self.batch = client.pipeline(transaction=False)
-
-    async def execute(self, *commands: Tuple[Any, ...]) -> List[Any]:
-        """Return Redis's reply to each command; raise RedisError if one is missing or an error."""
-        start = len(self.batch)
-        if start == 0:
-            self.replies = asyncio.ensure_future(self._send())
-        for command in commands:
-            self.batch.execute_command(*command)  # adds it to the batch
-        # Subtle: a batch is shared, so a request that is cancelled must not cancel it.
-        replies = (await asyncio.shield(self.replies))[start : start + len(commands)]
-        for reply in replies:
-            if isinstance(reply, RedisError):
-                raise reply
-        return replies
-
-    async def _send(self) -> List[Any]:
-        async with self.turn:
-            batch, self.batch = self.batch, self.client.pipeline(transaction=False)
-            try:
-                return await batch.execute(raise_on_error=False)
-            except Exception as error:  # redis-py does not turn all of them into a RedisError
-                raise RedisError(f"{type(error).__name__}: {error}") from error
+class Problem(BaseModel):
+    loc: List[Union[str, int]] = Field(examples=[["body", "input"]])
+    msg: str = Field(examples=["Field required"])
+    type: str = Field(examples=["missing"])
 
 
-async def connect() -> Redis:
-    """Return a client of Redis; if REDIS_HOST is not set and nothing answers, of a stand-in."""
-    if "REDIS_HOST" not in settings.model_fields_set:
-        try:
-            _, writer = await asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
-            writer.close()
-        except OSError:
-            logger.warning(
-                "No Redis answers, so predictions are kept in this one process and forgotten "
-                "when it exits. Set REDIS_HOST to use a real Redis."
-            )
-            return FakeAsyncRedis()
-    client = Redis(
-        host=settings.REDIS_HOST,
-        port=settings.REDIS_PORT,
-        password=settings.REDIS_PASSWORD.get_secret_value(),
-        protocol=2,  # with 3, redis-py 8 does not notice that Redis has closed a connection
-        socket_connect_timeout=0.9,  # seconds
-        socket_timeout=2,  # seconds
-        retry=Retry(NoBackoff(), 0),  # none: the caller of the API gets 503 and may retry
-    )
-    try:
-        await client.ping()
-    except RedisError as error:
-        logger.error("Redis is unavailable, requests get 503 until it is back: %s", error)
-    return client
+class Invalid(BaseModel):
+    detail: List[Problem]
+
+
+# --- The API ----------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    client = await connect()
-    app.state.redis = redis = Batcher(client)
+    app.state.redis = await connect()
+    app.state.handing_back = asyncio.Lock()
+    # The worker serves requests during this yield. When told to stop (Ctrl+C, SIGTERM), it finishes
+    # them and their background tasks. Those still running after --timeout-graceful-shutdown, an
+    # option of uvicorn, are cancelled, and queue for the lock to give up their leases.
     yield
-    if running:  # cut short, or not stored: without a lease, the next poll makes them again
-        with suppress(RedisError):
-            await redis.execute(("DEL", *(f"{key}:lease" for key in running)))
-    await client.aclose()
+    await asyncio.wait_for(app.state.handing_back.acquire(), timeout=5)  # after them
+    await app.state.redis.aclose()
 
 
-async def get_redis(request: Request) -> Batcher:
-    redis: Batcher = request.app.state.redis
-    return redis
+app = FastAPI(
+    title="Mock Model API",
+    description="Predictions of a slow model: wait for one, or have it made in the background.",
+    lifespan=lifespan,
+    redirect_slashes=False,  # /predict/ is 404, like any other path that does not exist
+    generate_unique_id_function=lambda route: route.name,  # names calls in generated clients
+)
+app.router.max_body_size = 1_000_000  # bytes; has no effect before FastAPI 0.164
 
 
-def lease_command(key: str) -> Tuple[Any, ...]:
-    """Return the command that takes the lease of a prediction; the reply is nil if it is taken.
+@app.get("/")
+async def read_root() -> Message:
+    """Say welcome."""
+    return Message(message="Welcome to the Mock Model API!")
 
-    See https://redis.io/docs/latest/commands/set/#patterns. The lease lasts a second longer than
-    an attempt may, to let one that timed out be stored as failed before anyone makes another.
+
+@app.get("/favicon.ico")
+async def read_favicon() -> Message:
+    """Answer browsers, which ask for an icon."""
+    return Message(message="No favicon")
+
+
+# What the docs page, /docs, says of each status but 200. You may skip it.
+RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
+
+
+def answer(detail: str, **more: Any) -> Dict[str, Any]:
+    content = {"application/json": {"example": {"detail": detail}}}
+    return {"model": Detail, "description": detail, "content": content, **more}
+
+
+INVALID = {"model": Invalid, "description": "The request is not valid."}
+TOO_LARGE = {"text/plain": {"example": "Content Too Large"}}  # JSON, if sent without its length
+CREATE_ANSWERS: Dict[Any, Any] = {
+    202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
+    400: answer("There was an error parsing the body"),
+    413: {"model": Detail, "description": "The body is over 1 MB.", "content": TOO_LARGE},
+    422: INVALID,
+    500: answer("Prediction failed."),
+    503: answer("Redis is unavailable.", headers=RETRY),
+}
+READ_ANSWERS: Dict[Any, Any] = {
+    202: answer("Prediction is still processing.", headers=RETRY),
+    404: answer("Prediction not found."),
+    422: INVALID,
+    503: answer("Redis is unavailable.", headers=RETRY),
+}
+
+
+@app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
+async def create_prediction(
+    body: PredictionRequest,
+    tasks: BackgroundTasks,  # run by FastAPI after the answer has been sent
+    async_mode: bool = Header(
+        default=False,
+        convert_underscores=False,
+        description="true: answer at once, and make the prediction in the background",
+    ),
+    # The same header for clients behind a proxy such as nginx, which drops names with "_".
+    hyphenated: bool = Header(default=False, alias="Async-Mode", include_in_schema=False),
+) -> Union[Prediction, JSONResponse]:
+    """Make a prediction: wait for it, or send `async_mode: true` and poll for it."""
+    redis = app.state.redis
+    prediction_id = uuid4()
+    key = f"prediction:{prediction_id}"
+    # In one round trip (see BatchingRedis). If it fails, the client gets 503, and no id.
+    await asyncio.gather(take_lease(redis, key), store_record(redis, key, Record(input=body.input)))
+    if async_mode or hyphenated:
+        tasks.add_task(in_background, make_attempt, redis, key, body.input)
+        message = "Request received. Processing asynchronously."
+        content = {"message": message, "prediction_id": str(prediction_id)}
+        return JSONResponse(content, 202, {"Location": f"/predict/{prediction_id}"})
+    output = await make_attempt(redis, key, body.input)
+    if output.status is Status.failed:
+        raise HTTPException(500, "Prediction failed.")
+    return Prediction(prediction_id=prediction_id, status=output.status, output=output)
+
+
+@app.get("/predict/{prediction_id}", response_model=Prediction, responses=READ_ANSWERS)
+async def read_prediction(
+    tasks: BackgroundTasks,
+    prediction_id: UUID = Path(description="The id of a prediction that was accepted"),
+) -> Union[Prediction, JSONResponse]:
+    """Read a prediction. 202 means that it is not ready yet: ask again."""
+    redis = app.state.redis
+    key = f"prediction:{prediction_id}"
+    record, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+    if output_json:
+        output = Output.model_validate_json(output_json)
+        return Prediction(prediction_id=prediction_id, status=output.status, output=output)
+    if not record:
+        raise HTTPException(404, "Prediction not found.")
+    if not lease:
+        tasks.add_task(in_background, make_next_attempt, redis, key)
+    return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
+
+
+# --- Attempts ---------------------------------------------------------------------------------
+# redis.set() takes ex or px, the seconds or milliseconds until the key expires, and nx: set it only
+# if it does not exist. Of two workers that try that at once, one succeeds, since Redis carries out
+# one command at a time. See https://redis.io/docs/latest/commands/set/
+
+WORKER = f"worker-{uuid4().hex[:8]}"  # names this process in its leases
+
+
+class Record(BaseModel):
+    status: str = "processing"
+    input: str
+    attempt: int = 1
+
+
+async def store_record(redis: Redis, key: str, record: Record) -> None:
+    await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
+
+
+async def take_lease(redis: Redis, key: str) -> bool:
+    """Return whether this worker gets the lease: not if there is one already.
+
+    It lasts a second longer than an attempt may, time to store that an attempt has timed out.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    return ("SET", f"{key}:lease", WORKER, "NX", "PX", milliseconds)
+    return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
 
 
-# --- Mock model: edit this one function to use your own ---------------------------------------
+async def make_attempt(redis: Redis, key: str, text: str) -> Output:
+    """Run the model and store its output; return the output that was stored first.
+
+    Raise RedisError if that fails. Then the lease runs out, and a GET starts another attempt.
+    """
+    model = asyncio.ensure_future(run_model(text))
+    try:
+        # Subtle: asyncio.wait_for would go on waiting for a model that ignores its cancellation.
+        await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
+        return await store_output(redis, key, output_of(model, key, text))
+    except asyncio.CancelledError:  # by uvicorn, see lifespan
+        await give_up_lease(redis, key)
+        raise
+    finally:
+        model.cancel()  # if it is still running
+
+
+async def run_model(text: str) -> str:
+    try:
+        return await mock_model(text)
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # such as SystemExit, which would end the server
+        raise RuntimeError("the model raised no Exception") from error
+
+
+def output_of(model: "asyncio.Future[str]", key: str, text: str) -> Output:
+    """Return the output of a model that has ended or timed out, whatever it did."""
+    try:
+        result = model.result()  # raises what the model raised, InvalidStateError if it still runs
+        result.encode()  # raises if it is not text, or not Unicode
+        return Output(status=Status.completed, input=text, result=result)
+    except BaseException:
+        logger.exception("The attempt at %s failed or timed out", key)
+        return Output(status=Status.failed, input=text, result=None)
+
+
+async def store_output(redis: Redis, key: str, output: Output) -> Output:
+    """Store an output unless there is one, so that it never changes; return what is stored."""
+    value, seconds = output.model_dump_json(), settings.PREDICTION_TTL
+    if await redis.set(f"{key}:output", value, nx=True, ex=seconds):
+        return output
+    first = await redis.get(f"{key}:output")
+    return Output.model_validate_json(first) if first else output
+
+
+async def give_up_lease(redis: Redis, key: str) -> None:
+    """Delete the lease, unless it has run out and is another worker's by now.
+
+    As https://redis.io/docs/latest/develop/using-commands/transactions/ describes.
+    """
+    lease = f"{key}:lease"
+    async with app.state.handing_back, redis.pipeline() as transaction:
+        await transaction.watch(lease)
+        if await transaction.get(lease) == WORKER.encode():
+            transaction.multi()  # what follows is only collected
+            transaction.delete(lease)
+            await transaction.execute()  # has no effect if the lease has changed since watch()
+
+
+async def make_next_attempt(redis: Redis, key: str) -> None:
+    """Make another attempt at a prediction, unless another worker does or none is left."""
+    if not await take_lease(redis, key):
+        return
+    # Subtle: read only now, when no other worker may count an attempt.
+    record_json, output = await redis.mget(key, f"{key}:output")
+    if output or not record_json:
+        return
+    record = Record.model_validate_json(record_json)
+    if record.attempt < settings.PREDICTION_ATTEMPTS:
+        record.attempt += 1
+        await store_record(redis, key, record)
+        await make_attempt(redis, key, record.input)
+    else:
+        logger.error("%s failed: none of %s attempts has ended", key, record.attempt)
+        failed = Output(status=Status.failed, input=record.input, result=None)
+        await store_output(redis, key, failed)
+
+
+async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    """Make an attempt whose client has been answered, so that an error can only be logged."""
+    try:
+        await attempt(*args)
+    except RedisError as error:
+        logger.error("Redis is unavailable, an attempt is lost: %s", error)
+
+
+# --- The mock model: put your own here --------------------------------------------------------
 
 
 async def mock_model(text: str) -> str:
-    """Return a random result after PREDICTION_LATENCY: text in, text out.
+    """Return a random result after PREDICTION_LATENCY seconds.
 
-    While code in here computes or blocks, all requests wait. Run a model that does so in a thread:
+    While code in here computes or blocks, all requests wait. If yours does, run it in a thread,
+    which goes on after a time-out:
 
         return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
+
+    Load the weights of a model once, outside this function.
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- Background task: an attempt at a prediction ----------------------------------------------
-
-
-async def make_attempt(redis: Batcher, key: str, text: str) -> Output:
-    """Run the model and store its output; return the output that was stored first."""
-    running.add(key)
-    model = asyncio.ensure_future(mock_model(text))
-    # Subtle: wait_for would go on waiting for a model that ignores its cancellation. If uvicorn
-    # stops this worker early, it cancels the next line, and lifespan finds the key in running.
-    await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
-    try:
-        if model.cancel():  # it was still running
-            raise asyncio.TimeoutError(f"no result after {settings.PREDICTION_TIMEOUT} s")
-        result = model.result()
-        output = Output(status=Status.completed, input=text, result=result).model_dump_json()
-    except (Exception, asyncio.CancelledError):  # all that the model can raise
-        logger.exception("The attempt at %s failed", key)
-        output = Output(status=Status.failed, input=text, result=None).model_dump_json()
-    # Subtle: NX keeps the output that came first, so what a client has seen never changes.
-    _, first = await redis.execute(
-        ("SET", f"{key}:output", output, "NX", "EX", settings.PREDICTION_TTL),
-        ("GET", f"{key}:output"),
-    )
-    running.discard(key)
-    return Output.model_validate_json(first)
-
-
-async def make_attempt_in_background(redis: Batcher, key: str, text: str) -> None:
-    try:
-        await make_attempt(redis, key, text)
-    except RedisError as error:  # once the lease has expired, a poll starts another attempt
-        logger.error("The output of %s may be lost: %s", key, error)
-
-
-# --- Routes -----------------------------------------------------------------------------------
-
-app = FastAPI(title="Mock Model API", lifespan=lifespan, redirect_slashes=False)
-app.router.max_body_size = 1_000_000  # bytes; an older FastAPI takes no notice
+# --- The machine room: error answers and the connection to Redis. You may stop here. ----------
 
 
 @app.exception_handler(RedisError)
@@ -265,86 +374,86 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Answer without the input, which FastAPI would repeat: it may hold NaN, which is not JSON."""
+    """Leave out the input, which FastAPI would repeat: NaN, for one, is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
 
-@app.get("/")
-async def read_root() -> Message:
-    return Message(message="Welcome to the Mock Model API!")
+class BatchingRedis(Redis):
+    """A Redis client that sends the commands of all requests in batches, over one connection.
 
-
-@app.get("/favicon.ico")
-async def read_favicon() -> Message:
-    return Message(message="No favicon")
-
-
-UNAVAILABLE = {"model": Detail, "description": "Redis is unavailable; see `Retry-After`"}
-
-
-@app.post(
-    "/predict",
-    response_model=Prediction,
-    responses={
-        202: {"model": Accepted, "description": "Accepted; poll the address in `Location`"},
-        400: {"model": Detail, "description": "The body cannot be decoded"},
-        413: {"model": Detail, "description": "The body is over 1 MB"},
-        500: {"model": Detail, "description": "The model failed or timed out"},
-        503: UNAVAILABLE,
-    },
-)
-async def create_prediction(
-    body: PredictionRequest,
-    tasks: BackgroundTasks,
-    async_mode: bool = Header(default=False, convert_underscores=False),
-    # The same header for clients behind a proxy such as nginx, which drops names with "_".
-    hyphenated: bool = Header(default=False, alias="Async-Mode", include_in_schema=False),
-    redis: Batcher = Depends(get_redis),
-) -> Union[Prediction, JSONResponse]:
-    """Make a prediction now, or in the background if `async_mode` is true.
-
-    The answer is then 202 Accepted: https://www.rfc-editor.org/rfc/rfc9110#section-15.3.3
+    Methods such as set() end in execute_command(). Commands that come while a batch is under way
+    go out together in the next, so each waits for two batches at most. A pool of connections takes
+    twice as long per request, and none (of 8, 32, 100) could both serve 2,000 POSTs at once and,
+    if Redis freezes, answer 2,000 GETs within 5 s.
+    See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
-    prediction_id = uuid4()
-    key = f"prediction:{prediction_id}"
-    record = json.dumps({"status": "processing", "input": body.input})
-    # The record comes last: a lease without a record is harmless, it expires.
-    await redis.execute(lease_command(key), ("SET", key, record, "EX", settings.PREDICTION_TTL))
-    if async_mode or hyphenated:
-        tasks.add_task(make_attempt_in_background, redis, key, body.input)
-        message = "Request received. Processing asynchronously."
-        answer = {"message": message, "prediction_id": str(prediction_id)}
-        return JSONResponse(answer, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, body.input)
-    if output.status is Status.failed:
-        raise HTTPException(500, "Prediction failed.")
-    return Prediction(prediction_id=prediction_id, status=output.status, output=output)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.waiting: List[Tuple[Any, Any, "asyncio.Future[Any]"]] = []
+        self.sender: "Optional[asyncio.Future[None]]" = None
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        reply = asyncio.get_running_loop().create_future()
+        self.waiting.append((args, options, reply))
+        if self.sender is None or self.sender.done():
+            self.sender = asyncio.ensure_future(self.send_batches())
+        return await reply
+
+    async def send_batches(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting, []
+            try:
+                pipeline = self.pipeline(transaction=False)  # a pipeline, but not all or nothing
+                for args, options, _ in batch:
+                    pipeline.execute_command(*args, **options)  # is only collected
+                replies = await pipeline.execute(raise_on_error=False)
+                if any(isinstance(reply, ReadOnlyError) for reply in replies):
+                    # REDIS_HOST leads elsewhere by now; the next batch connects anew.
+                    await self.connection_pool.disconnect()
+            except RedisError as error:
+                replies = [error] * len(batch)
+            except BaseException as error:  # whatever it is, nobody is left waiting
+                replies = [RedisError(repr(error))] * len(batch)
+            for (_, _, reply), value in zip(batch, replies):
+                if reply.done():  # its request was cancelled
+                    continue
+                if isinstance(value, BaseException):
+                    reply.set_exception(value)
+                else:
+                    reply.set_result(value)
 
 
-@app.get(
-    "/predict/{prediction_id}",
-    response_model=Prediction,
-    responses={
-        202: {"model": Detail, "description": "Still processing; see `Retry-After`"},
-        404: {"model": Detail, "description": "Unknown or expired"},
-        503: UNAVAILABLE,
-    },
-)
-async def read_prediction(
-    prediction_id: UUID, tasks: BackgroundTasks, redis: Batcher = Depends(get_redis)
-) -> Union[Prediction, JSONResponse]:
-    """Answer a poll. If nobody holds the lease of an unfinished prediction, take it over."""
-    key = f"prediction:{prediction_id}"
-    keys = (key, f"{key}:lease", f"{key}:output")
-    [[record, lease, final]] = await redis.execute(("MGET", *keys))
-    if final:
-        output = Output.model_validate_json(final)
-        return Prediction(prediction_id=prediction_id, status=output.status, output=output)
-    if not record:
-        raise HTTPException(404, "Prediction not found.")
-    if not lease:
-        [taken] = await redis.execute(lease_command(key))
-        if taken:  # and not by another poll at the same moment
-            tasks.add_task(make_attempt_in_background, redis, key, json.loads(record)["input"])
-    return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
+async def connect() -> Redis:
+    """Return a client of Redis, or of a stand-in if REDIS_HOST is not set and nothing answers."""
+    host, port = settings.REDIS_HOST, settings.REDIS_PORT
+    address = f"{host}:{port}"
+    if "REDIS_HOST" not in settings.model_fields_set:
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+        except OSError:
+            logger.warning(
+                f"No Redis answers at {address}, so predictions are kept in this one process and "
+                "forgotten when it exits. Set REDIS_HOST to use a real Redis."
+            )
+            return FakeAsyncRedis()
+    redis = BatchingRedis(
+        host=host,
+        port=port,
+        username=settings.REDIS_USERNAME or None,
+        password=settings.REDIS_PASSWORD.get_secret_value() or None,
+        ssl=settings.REDIS_TLS,
+        ssl_check_hostname=True,
+        protocol=2,  # its version; with 3, redis-py 8 does not notice closed connections
+        socket_connect_timeout=0.9,  # seconds, so that two batches fail within 2
+        socket_timeout=2,  # seconds, so that two batches fail within 5
+        retry=Retry(NoBackoff(), 0),  # no retries
+    )
+    try:
+        await redis.ping()
+        logger.info("Predictions are kept in Redis at %s.", address)
+    except RedisError as error:
+        logger.error("Redis at %s is unavailable, requests get 503: %s", address, error)
+    return redis

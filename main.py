@@ -2,7 +2,7 @@
 
 A client waits for its prediction, or has it made in the background and asks for it later. Redis, a
 server that stores values under keys, holds the prediction, so that it outlives the process that
-accepted it. (Without a Redis, a stand-in in this process will do to try the API.) Left out on
+accepted it. (Without Redis, the API can be tried on a stand-in inside its process.) Left out on
 purpose: authentication, rate limits, a task queue. To run it, in a virtual environment:
 
     pip install -r requirements.txt && uvicorn main:app --reload
@@ -13,17 +13,16 @@ The words used below:
     worker          a process that runs this file; all workers on one Redis share all predictions
     attempt         one run of the model for a prediction, of at most PREDICTION_TIMEOUT seconds
     lease           the right to make an attempt; it runs out by itself
-    status          processing, then completed or failed, which are final
 
 A prediction is three keys in Redis:
 
-    prediction:1b9d...          its record: {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    its lease: worker-5f0c9a7e, the worker that makes the attempt
-    prediction:1b9d...:output   its output: {"status": "completed", "input": "Hi", "result": "..."}
+    prediction:1b9d...          record: {"status": "processing", "input": "Hi", "attempt": 1}
+    prediction:1b9d...:lease    lease: worker-5f0c9a7e, the worker that makes the attempt
+    prediction:1b9d...:output   output: {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker that is killed leaves a record, no output, and a lease that runs out. The next GET of that
-prediction, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model
-runs at least once for a prediction, not exactly once; the first output to be stored is kept.
+An output is final: completed or failed. A worker that is killed leaves a record, no output, and a
+lease that runs out. The next GET of that prediction, at any worker, starts another attempt, up to
+PREDICTION_ATTEMPTS in all. So the model runs at least once for a prediction, not exactly once.
 """
 
 import asyncio
@@ -45,7 +44,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError, RedisError
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's log for messages of every level
+logger = logging.getLogger("uvicorn.error")  # uvicorn's log, not only for errors
 
 # --- Settings ---------------------------------------------------------------------------------
 
@@ -55,8 +54,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_file=pathlib.Path(__file__).with_name(".env"),
-        env_file_encoding="utf-8-sig",  # with or without the byte order mark of some editors
-        extra="ignore",  # what else .env may hold
+        env_file_encoding="utf-8-sig",  # with or without a byte order mark
+        extra="ignore",  # whatever else .env holds
     )
 
     REDIS_HOST: str = Field(default="localhost", min_length=1)
@@ -125,12 +124,11 @@ class Invalid(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    app.state.handing_back = asyncio.Lock()
-    # The worker serves requests during this yield. When told to stop (Ctrl+C, SIGTERM), it finishes
-    # them and their background tasks. Those still running after --timeout-graceful-shutdown, an
-    # option of uvicorn, are cancelled, and queue for the lock to give up their leases.
+    app.state.giving_up = asyncio.Lock()
+    # The worker serves requests here. Told to stop (Ctrl+C, SIGTERM), it finishes them and their
+    # background tasks, and goes on. Those that outlast --timeout-graceful-shutdown are cancelled.
     yield
-    await asyncio.wait_for(app.state.handing_back.acquire(), timeout=5)  # after them
+    await asyncio.wait_for(app.state.giving_up.acquire(), timeout=5)  # see give_up_lease
     await app.state.redis.aclose()
 
 
@@ -138,10 +136,10 @@ app = FastAPI(
     title="Mock Model API",
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
-    redirect_slashes=False,  # /predict/ is 404, like any other path that does not exist
-    generate_unique_id_function=lambda route: route.name,  # names calls in generated clients
+    redirect_slashes=False,  # /predict/ is 404
+    generate_unique_id_function=lambda route: route.name,  # for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; has no effect before FastAPI 0.164
+app.router.max_body_size = 1_000_000  # bytes; FastAPI ignores it before version 0.164
 
 
 @app.get("/")
@@ -187,21 +185,18 @@ READ_ANSWERS: Dict[Any, Any] = {
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
-    tasks: BackgroundTasks,  # run by FastAPI after the answer has been sent
-    async_mode: bool = Header(
-        default=False,
-        convert_underscores=False,
-        description="true: answer at once, and make the prediction in the background",
-    ),
-    # The same header for clients behind a proxy such as nginx, which drops names with "_".
-    hyphenated: bool = Header(default=False, alias="Async-Mode", include_in_schema=False),
+    tasks: BackgroundTasks,  # FastAPI runs them after it has sent the answer
+    async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
+    # The same header, as proxies such as nginx drop names with "_".
+    hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
-    """Make a prediction: wait for it, or send `async_mode: true` and poll for it."""
+    """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis = app.state.redis
     prediction_id = uuid4()
     key = f"prediction:{prediction_id}"
-    # In one round trip (see BatchingRedis). If it fails, the client gets 503, and no id.
-    await asyncio.gather(take_lease(redis, key), store_record(redis, key, Record(input=body.input)))
+    record = Record(input=body.input).model_dump_json()
+    # Both in one round trip, see BatchingRedis. If it fails, the client gets 503, and no id.
+    await asyncio.gather(take_lease(redis, key), redis.set(key, record, ex=settings.PREDICTION_TTL))
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         message = "Request received. Processing asynchronously."
@@ -237,7 +232,7 @@ async def read_prediction(
 # if it does not exist. Of two workers that try that at once, one succeeds, since Redis carries out
 # one command at a time. See https://redis.io/docs/latest/commands/set/
 
-WORKER = f"worker-{uuid4().hex[:8]}"  # names this process in its leases
+WORKER = f"worker-{uuid4().hex[:8]}"
 
 
 class Record(BaseModel):
@@ -246,14 +241,10 @@ class Record(BaseModel):
     attempt: int = 1
 
 
-async def store_record(redis: Redis, key: str, record: Record) -> None:
-    await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-
-
 async def take_lease(redis: Redis, key: str) -> bool:
     """Return whether this worker gets the lease: not if there is one already.
 
-    It lasts a second longer than an attempt may, time to store that an attempt has timed out.
+    It lasts a second longer than an attempt, to leave time for storing what became of that.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
@@ -262,37 +253,32 @@ async def take_lease(redis: Redis, key: str) -> bool:
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return the output that was stored first.
 
-    Raise RedisError if that fails. Then the lease runs out, and a GET starts another attempt.
+    Raise RedisError if that cannot be done. A GET after the lease then starts another attempt.
     """
-    model = asyncio.ensure_future(run_model(text))
+    model = asyncio.ensure_future(run_model(key, text))
     try:
         # Subtle: asyncio.wait_for would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
-        return await store_output(redis, key, output_of(model, key, text))
+        output = model.result()
+    except asyncio.InvalidStateError:  # there is no result yet
+        logger.exception("The model timed out at %s", key)
+        output = Output(status=Status.failed, input=text, result=None)
     except asyncio.CancelledError:  # by uvicorn, see lifespan
         await give_up_lease(redis, key)
         raise
     finally:
-        model.cancel()  # if it is still running
+        model.cancel()  # has no effect on one that has ended
+    return await store_output(redis, key, output)
 
 
-async def run_model(text: str) -> str:
+async def run_model(key: str, text: str) -> Output:
+    """Return the output of the model, whatever it does."""
     try:
-        return await mock_model(text)
-    except (Exception, asyncio.CancelledError):
-        raise
-    except BaseException as error:  # such as SystemExit, which would end the server
-        raise RuntimeError("the model raised no Exception") from error
-
-
-def output_of(model: "asyncio.Future[str]", key: str, text: str) -> Output:
-    """Return the output of a model that has ended or timed out, whatever it did."""
-    try:
-        result = model.result()  # raises what the model raised, InvalidStateError if it still runs
+        result = await mock_model(text)
         result.encode()  # raises if it is not text, or not Unicode
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:
-        logger.exception("The attempt at %s failed or timed out", key)
+    except BaseException:  # not only an Exception: SystemExit, say, would end the server
+        logger.exception("The model did not complete %s", key)
         return Output(status=Status.failed, input=text, result=None)
 
 
@@ -305,41 +291,39 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
     return Output.model_validate_json(first) if first else output
 
 
-async def give_up_lease(redis: Redis, key: str) -> None:
-    """Delete the lease, unless it has run out and is another worker's by now.
-
-    As https://redis.io/docs/latest/develop/using-commands/transactions/ describes.
-    """
-    lease = f"{key}:lease"
-    async with app.state.handing_back, redis.pipeline() as transaction:
-        await transaction.watch(lease)
-        if await transaction.get(lease) == WORKER.encode():
-            transaction.multi()  # what follows is only collected
-            transaction.delete(lease)
-            await transaction.execute()  # has no effect if the lease has changed since watch()
-
-
 async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt at a prediction, unless another worker does or none is left."""
-    if not await take_lease(redis, key):
-        return
-    # Subtle: read only now, when no other worker may count an attempt.
-    record_json, output = await redis.mget(key, f"{key}:output")
-    if output or not record_json:
+    """Make another attempt at a prediction, if this worker gets its lease."""
+    record_json = await redis.get(key) if await take_lease(redis, key) else None
+    if not record_json:
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1
-        await store_record(redis, key, record)
+        await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
         await make_attempt(redis, key, record.input)
     else:
-        logger.error("%s failed: none of %s attempts has ended", key, record.attempt)
+        logger.error("%s has used up its attempts", key)
         failed = Output(status=Status.failed, input=record.input, result=None)
         await store_output(redis, key, failed)
 
 
+async def give_up_lease(redis: Redis, key: str) -> None:
+    """Delete the lease, if it is still this worker's, so that a GET can start another attempt.
+
+    The attempts that uvicorn cancels do so one by one, and lifespan queues up behind them. See
+    https://redis.io/docs/latest/develop/using-commands/transactions/
+    """
+    lease = f"{key}:lease"
+    async with app.state.giving_up, redis.pipeline() as transaction:
+        await transaction.watch(lease)
+        if await transaction.get(lease) == WORKER.encode():
+            transaction.multi()  # collects what follows
+            transaction.delete(lease)
+            await transaction.execute()  # raises WatchError if the lease has changed since watch()
+
+
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
-    """Make an attempt whose client has been answered, so that an error can only be logged."""
+    """Make an attempt after the answer, when an error can only be logged."""
     try:
         await attempt(*args)
     except RedisError as error:
@@ -352,12 +336,10 @@ async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> N
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    While code in here computes or blocks, all requests wait. If yours does, run it in a thread,
-    which goes on after a time-out:
+    While code in here computes or blocks, all requests wait. Run such a model in a thread (it goes
+    on there after a time-out), and load its weights once, above this function:
 
         return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
-
-    Load the weights of a model once, outside this function.
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
@@ -382,10 +364,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    Methods such as set() end in execute_command(). Commands that come while a batch is under way
-    go out together in the next, so each waits for two batches at most. A pool of connections takes
-    twice as long per request, and none (of 8, 32, 100) could both serve 2,000 POSTs at once and,
-    if Redis freezes, answer 2,000 GETs within 5 s.
+    Methods such as set() call execute_command(). Commands that come while a batch is under way go
+    out together in the next, so none waits for more than two batches. An ordinary client, with a
+    pool of connections, took twice as long per request. With 8, 32 or 100 of them, it either failed
+    to serve 2,000 POSTs at once, or to tell 2,000 clients within 5 s that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -405,12 +387,12 @@ class BatchingRedis(Redis):
         while self.waiting:
             batch, self.waiting = self.waiting, []
             try:
-                pipeline = self.pipeline(transaction=False)  # a pipeline, but not all or nothing
+                pipeline = self.pipeline(transaction=False)
                 for args, options, _ in batch:
-                    pipeline.execute_command(*args, **options)  # is only collected
+                    pipeline.execute_command(*args, **options)  # only collects; execute() sends
                 replies = await pipeline.execute(raise_on_error=False)
                 if any(isinstance(reply, ReadOnlyError) for reply in replies):
-                    # REDIS_HOST leads elsewhere by now; the next batch connects anew.
+                    # After a failover. The next batch connects anew, to where REDIS_HOST leads now.
                     await self.connection_pool.disconnect()
             except RedisError as error:
                 replies = [error] * len(batch)
@@ -446,9 +428,9 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # its version; with 3, redis-py 8 does not notice closed connections
-        socket_connect_timeout=0.9,  # seconds, so that two batches fail within 2
-        socket_timeout=2,  # seconds, so that two batches fail within 5
+        protocol=2,  # of Redis; with its version 3, redis-py 8 overlooks closed connections
+        socket_connect_timeout=0.9,  # seconds; two batches then fail within 2
+        socket_timeout=2,  # seconds; two batches then fail within 5
         retry=Retry(NoBackoff(), 0),  # no retries
     )
     try:

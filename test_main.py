@@ -453,8 +453,8 @@ def test_prediction_of_a_model_that_misbehaves_is_failed(api, store, monkeypatch
     assert [json.loads(store.client.get(key)) for key in store.client.keys("*:output")] == [
         output
     ] * 2
-    assert caplog.text.count("The attempt at prediction:") == 2
-    assert caplog.text.count("Traceback") >= 2
+    assert len([record for record in caplog.records if record.exc_info]) >= 2
+    assert "Traceback" in caplog.text
 
 
 def test_model_that_hangs_is_cancelled(api, monkeypatch):
@@ -530,17 +530,12 @@ def test_attempts_are_counted_by_who_holds_the_lease(api, store, calls, monkeypa
     assert calls == []
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_prediction_that_ends_meanwhile_is_not_made_again(api, store, calls, monkeypatch, gone):
+def test_prediction_that_expires_meanwhile_is_not_made_again(api, store, calls, monkeypatch):
     path = store.leave_orphan()
-    output = main.Output(status="completed", input="orphan", result="The other one")
-    if gone:
-        overtaken(monkeypatch, lambda: store.client.delete(key_of(path)))
-    else:
-        overtaken(monkeypatch, lambda: store.set(path, ":output", output.model_dump_json()))
+    overtaken(monkeypatch, lambda: store.client.delete(key_of(path)))
     assert requests.get(api + path).status_code == 202
     attempts_have_ended()
-    assert requests.get(api + path).status_code == 404 if gone else 200
+    assert requests.get(api + path).status_code == 404
     assert calls == []
 
 

@@ -2,8 +2,8 @@
 
 A client waits for its prediction, or has it made in the background and asks for it later. Redis, a
 server that stores values under keys, holds the prediction, so that it outlives the process that
-accepted it. (Without Redis, the API can be tried on a stand-in inside its process.) Left out on
-purpose: authentication, rate limits, a task queue. To run it, in a virtual environment:
+accepted it. (To try the API without Redis, it brings a stand-in.) Left out on purpose:
+authentication, rate limits, a task queue. To run it on the web server uvicorn:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
@@ -16,13 +16,13 @@ The words used below:
 
 A prediction is three keys in Redis:
 
-    prediction:1b9d...          record: {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    lease: worker-5f0c9a7e, the worker that makes the attempt
-    prediction:1b9d...:output   output: {"status": "completed", "input": "Hi", "result": "..."}
+    prediction:1b9d...          its record: {"status": "processing", "input": "Hi", "attempt": 1}
+    prediction:1b9d...:lease    its lease, here held by this worker: worker-5f0c9a7e
+    prediction:1b9d...:output   its output: {"status": "completed", "input": "Hi", "result": "..."}
 
-An output is final: completed or failed. A worker that is killed leaves a record, no output, and a
-lease that runs out. The next GET of that prediction, at any worker, starts another attempt, up to
-PREDICTION_ATTEMPTS in all. So the model runs at least once for a prediction, not exactly once.
+The output is final. A worker that is killed leaves a record, no output, and a lease that runs out.
+The next GET of that prediction, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in
+all. So the model may run more than once for a prediction.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ logger = logging.getLogger("uvicorn.error")  # uvicorn's log, not only for error
 
 
 class Settings(BaseSettings):
-    """Each comes from the environment, else from .env beside this file, else from here."""
+    """Settings come from the environment, else from .env beside this file, else from here."""
 
     model_config = SettingsConfigDict(
         env_file=pathlib.Path(__file__).with_name(".env"),
@@ -125,10 +125,10 @@ class Invalid(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     app.state.giving_up = asyncio.Lock()
-    # The worker serves requests here. Told to stop (Ctrl+C, SIGTERM), it finishes them and their
-    # background tasks, and goes on. Those that outlast --timeout-graceful-shutdown are cancelled.
-    yield
-    await asyncio.wait_for(app.state.giving_up.acquire(), timeout=5)  # see give_up_lease
+    yield  # while the worker serves requests, until it is told to stop (Ctrl+C, SIGTERM)
+    # By now, requests and background tasks are finished. Those that outlasted uvicorn's
+    # --timeout-graceful-shutdown are cancelled, and queue for this lock to give up their leases.
+    await asyncio.wait_for(app.state.giving_up.acquire(), timeout=5)  # wait behind them
     await app.state.redis.aclose()
 
 
@@ -137,7 +137,7 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    generate_unique_id_function=lambda route: route.name,  # for generated clients
+    generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
 app.router.max_body_size = 1_000_000  # bytes; FastAPI ignores it before version 0.164
 
@@ -165,7 +165,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 
 
 INVALID = {"model": Invalid, "description": "The request is not valid."}
-TOO_LARGE = {"text/plain": {"example": "Content Too Large"}}  # JSON, if sent without its length
+TOO_LARGE = {"text/plain": {"example": "Content Too Large"}}  # in JSON if the body is chunked
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),
@@ -185,9 +185,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
-    tasks: BackgroundTasks,  # FastAPI runs them after it has sent the answer
+    tasks: BackgroundTasks,  # to run after the answer has been sent, whichever it is
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same header, as proxies such as nginx drop names with "_".
+    # The same header for those behind a proxy such as nginx, which drops names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
@@ -244,7 +244,7 @@ class Record(BaseModel):
 async def take_lease(redis: Redis, key: str) -> bool:
     """Return whether this worker gets the lease: not if there is one already.
 
-    It lasts a second longer than an attempt, to leave time for storing what became of that.
+    It lasts a second longer than an attempt, to leave time for storing the output.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
@@ -253,7 +253,7 @@ async def take_lease(redis: Redis, key: str) -> bool:
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return the output that was stored first.
 
-    Raise RedisError if that cannot be done. A GET after the lease then starts another attempt.
+    Raise RedisError if Redis fails. Then a GET after the end of the lease starts another attempt.
     """
     model = asyncio.ensure_future(run_model(key, text))
     try:
@@ -261,39 +261,41 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
         output = model.result()
     except asyncio.InvalidStateError:  # there is no result yet
-        logger.exception("The model timed out at %s", key)
+        logger.exception("The model has not completed %s in time", key)
         output = Output(status=Status.failed, input=text, result=None)
-    except asyncio.CancelledError:  # by uvicorn, see lifespan
+    except asyncio.CancelledError:  # it is this attempt that is cancelled, see lifespan
         await give_up_lease(redis, key)
         raise
     finally:
-        model.cancel()  # has no effect on one that has ended
+        model.cancel()  # if it still runs
     return await store_output(redis, key, output)
 
 
 async def run_model(key: str, text: str) -> Output:
-    """Return the output of the model, whatever it does."""
+    """Return the model's output, failed if it raises anything or returns what is no text."""
     try:
         result = await mock_model(text)
-        result.encode()  # raises if it is not text, or not Unicode
+        result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # not only an Exception: SystemExit, say, would end the server
-        logger.exception("The model did not complete %s", key)
+    except BaseException:  # and not only an Exception: SystemExit would end the server
+        logger.exception("The model has not completed %s", key)
         return Output(status=Status.failed, input=text, result=None)
 
 
 async def store_output(redis: Redis, key: str, output: Output) -> Output:
-    """Store an output unless there is one, so that it never changes; return what is stored."""
+    """Store an output unless there is one, which never changes; return what is stored."""
     value, seconds = output.model_dump_json(), settings.PREDICTION_TTL
     if await redis.set(f"{key}:output", value, nx=True, ex=seconds):
         return output
     first = await redis.get(f"{key}:output")
-    return Output.model_validate_json(first) if first else output
+    return Output.model_validate_json(first) if first else output  # it may have expired
 
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt at a prediction, if this worker gets its lease."""
-    record_json = await redis.get(key) if await take_lease(redis, key) else None
+    """Make another attempt at a prediction, if this worker gets the lease and one is left."""
+    if not await take_lease(redis, key):
+        return
+    record_json = await redis.get(key)  # only now, when no other worker changes it
     if not record_json:
         return
     record = Record.model_validate_json(record_json)
@@ -310,16 +312,16 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 async def give_up_lease(redis: Redis, key: str) -> None:
     """Delete the lease, if it is still this worker's, so that a GET can start another attempt.
 
-    The attempts that uvicorn cancels do so one by one, and lifespan queues up behind them. See
-    https://redis.io/docs/latest/develop/using-commands/transactions/
+    See https://redis.io/docs/latest/develop/using-commands/transactions/
     """
     lease = f"{key}:lease"
-    async with app.state.giving_up, redis.pipeline() as transaction:
-        await transaction.watch(lease)
-        if await transaction.get(lease) == WORKER.encode():
-            transaction.multi()  # collects what follows
-            transaction.delete(lease)
-            await transaction.execute()  # raises WatchError if the lease has changed since watch()
+    # A pipeline takes a connection of its own. The lock lets attempts use it one after the other.
+    async with app.state.giving_up, redis.pipeline() as pipeline:
+        await pipeline.watch(lease)
+        if await pipeline.get(lease) == WORKER.encode():
+            pipeline.multi()  # commands are sent at once before this, and by execute() after it
+            pipeline.delete(lease)
+            await pipeline.execute()  # raises a RedisError if the lease has changed since watch()
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -327,7 +329,7 @@ async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> N
     try:
         await attempt(*args)
     except RedisError as error:
-        logger.error("Redis is unavailable, an attempt is lost: %s", error)
+        logger.error("Redis fails, and an attempt is lost: %s", error)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -336,8 +338,8 @@ async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> N
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    While code in here computes or blocks, all requests wait. Run such a model in a thread (it goes
-    on there after a time-out), and load its weights once, above this function:
+    While code in here computes or blocks, all requests wait. Run such a model in a thread, which
+    does not stop at a time-out. Load its weights once, above this function.
 
         return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
     """
@@ -345,7 +347,7 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- The machine room: error answers and the connection to Redis. You may stop here. ----------
+# --- The machine room, where you may stop reading: error answers, and the connection to Redis --
 
 
 @app.exception_handler(RedisError)
@@ -356,7 +358,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input, which FastAPI would repeat: NaN, for one, is not JSON."""
+    """Leave out the input. FastAPI would repeat it, and fail where it holds NaN, as Python can."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -365,9 +367,9 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     Methods such as set() call execute_command(). Commands that come while a batch is under way go
-    out together in the next, so none waits for more than two batches. An ordinary client, with a
-    pool of connections, took twice as long per request. With 8, 32 or 100 of them, it either failed
-    to serve 2,000 POSTs at once, or to tell 2,000 clients within 5 s that Redis was frozen.
+    out together in the next, so each waits for two batches at most. With a pool of 8, 32 or 100
+    connections instead, a request took twice as long, and either 2,000 POSTs at once were too much,
+    or it took more than 5 s to tell 2,000 clients that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -428,9 +430,9 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; with its version 3, redis-py 8 overlooks closed connections
-        socket_connect_timeout=0.9,  # seconds; two batches then fail within 2
-        socket_timeout=2,  # seconds; two batches then fail within 5
+        protocol=2,  # of Redis; with version 3, redis-py 8 overlooks that a connection is closed
+        socket_connect_timeout=0.9,  # seconds, or 1.8 for two batches
+        socket_timeout=2,  # seconds, or 4 for two batches
         retry=Retry(NoBackoff(), 0),  # no retries
     )
     try:

@@ -96,7 +96,7 @@ class Prediction(BaseModel):
 
 
 class Accepted(BaseModel):
-    message: str
+    message: str = Field(examples=["Request received. Processing asynchronously."])
     prediction_id: UUID
 
 
@@ -165,11 +165,12 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 
 
 INVALID = {"model": Invalid, "description": "The request is not valid."}
-TOO_LARGE = {"text/plain": {"example": "Content Too Large"}}  # in JSON if the body is chunked
+TOO_LARGE = answer("Content Too Large")  # in JSON if the body is sent in chunks, else as text
+TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),
-    413: {"model": Detail, "description": "The body is over 1 MB.", "content": TOO_LARGE},
+    413: TOO_LARGE,
     422: INVALID,
     500: answer("Prediction failed."),
     503: answer("Redis is unavailable.", headers=RETRY),

@@ -160,9 +160,9 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
 
 
 @real
-def test_failover_is_followed(redis_server, second_redis_server, api_on):
-    old, new = redis_server, second_redis_server
-    with forwarder(old.port) as name:  # stands for a name that leads to the primary
+def test_failover_is_followed(redis_server, tmp_path, api_on):
+    old = redis_server
+    with RedisServer(tmp_path / "new") as new, forwarder(old.port) as name:
         api = api_on(name, PREDICTION_LATENCY=0)
         new.client.replicaof("127.0.0.1", old.port)
         path = accept(api)
@@ -202,16 +202,13 @@ def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
 # --- The contract -----------------------------------------------------------------------------
 
 
-def test_root_says_welcome(api):
-    response = requests.get(api)
-    assert response.status_code == 200
-    assert response.json() == {"message": "Welcome to the Mock Model API!"}
-
-
-def test_there_is_no_favicon(api):
-    response = requests.get(f"{api}/favicon.ico")
-    assert response.status_code == 200
-    assert response.json() == {"message": "No favicon"}
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/", "Welcome to the Mock Model API!"), ("/favicon.ico", "No favicon")],
+)
+def test_message(api, path, message):
+    response = requests.get(api + path)
+    assert (response.status_code, response.json()) == (200, {"message": message})
 
 
 def test_synchronous_prediction_is_completed_and_kept(api, store):
@@ -373,31 +370,19 @@ class Panic(BaseException):  # Rust extensions raise such
     pass
 
 
-async def raises(text):
-    raise ValueError(text)
+async def raising(error):
+    raise error
 
 
-async def raises_what_is_no_exception(text):
-    raise Panic(text)
+async def returning(value):
+    return value
 
 
-async def raises_generator_exit(text):
-    raise GeneratorExit
+async def yielding(value):
+    yield value
 
 
-async def raises_system_exit(text):
-    sys.exit("secret")
-
-
-async def raises_cancelled_error(text):
-    raise asyncio.CancelledError
-
-
-async def hangs(text):
-    await asyncio.Event().wait()
-
-
-async def ignores_its_cancellation(text):
+async def ignoring_its_cancellation():
     end = time.monotonic() + 1
     while time.monotonic() < end:
         with contextlib.suppress(asyncio.CancelledError):
@@ -405,46 +390,26 @@ async def ignores_its_cancellation(text):
     return "too late"
 
 
-def is_a_plain_function(text):
-    return text
+MISBEHAVING_MODELS = {
+    "raises": lambda text: raising(ValueError(text)),
+    "raises no Exception": lambda text: raising(Panic(text)),
+    "raises GeneratorExit": lambda text: raising(GeneratorExit()),
+    "raises CancelledError": lambda text: raising(asyncio.CancelledError()),
+    "exits": lambda text: raising(SystemExit(1)),
+    "hangs": lambda text: asyncio.Event().wait(),
+    "ignores its cancellation": lambda text: ignoring_its_cancellation(),
+    "is a plain function": lambda text: text,
+    "is a generator": lambda text: yielding(text),
+    "returns nothing": lambda text: returning(None),
+    "returns no text": lambda text: returning(42),
+    "returns half a character": lambda text: returning("\ud800"),
+}
 
 
-async def is_a_generator(text):
-    yield text
-
-
-async def returns_nothing(text):
-    pass
-
-
-async def returns_no_text(text):
-    return 42
-
-
-async def returns_a_lone_surrogate(text):
-    return "\ud800"
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        raises,
-        raises_what_is_no_exception,
-        raises_generator_exit,
-        raises_system_exit,
-        raises_cancelled_error,
-        hangs,
-        ignores_its_cancellation,
-        is_a_plain_function,
-        is_a_generator,
-        returns_nothing,
-        returns_no_text,
-        returns_a_lone_surrogate,
-    ],
-)
-def test_prediction_of_a_model_that_misbehaves_is_failed(api, store, monkeypatch, caplog, model):
+@pytest.mark.parametrize("name", MISBEHAVING_MODELS)
+def test_prediction_of_a_model_that_misbehaves_is_failed(api, store, monkeypatch, caplog, name):
     main.settings.PREDICTION_TIMEOUT = 0.2
-    monkeypatch.setattr(main, "mock_model", model)
+    monkeypatch.setattr(main, "mock_model", MISBEHAVING_MODELS[name])
     response = predict(api)
     assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
     done = poll(api, accept(api))
@@ -900,21 +865,18 @@ class RedisServer(Address):
         self.process.kill()
         self.process.wait()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+        self.client.close()
+
 
 @pytest.fixture
 def redis_server(tmp_path):
-    server = RedisServer(tmp_path / "redis")
-    yield server
-    server.kill()
-    server.client.close()
-
-
-@pytest.fixture
-def second_redis_server(tmp_path):
-    server = RedisServer(tmp_path / "second")
-    yield server
-    server.kill()
-    server.client.close()
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
 
 
 class Store(Address):

@@ -260,6 +260,8 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     try:
         # Subtle: asyncio.wait_for would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
+        if not model.done():  # a worker that was frozen has to catch up
+            await asyncio.sleep(0.1)
         output = model.result()
     except asyncio.InvalidStateError:  # there is no result yet
         logger.exception("The model has not completed %s in time", key)

@@ -9,6 +9,7 @@ start themselves. Without a redis-server program on the machine, those second ru
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import types
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fakeredis
@@ -691,6 +693,11 @@ def test_bad_setting_is_named(monkeypatch, name, value):
         main.Settings(_env_file=None)
 
 
+def test_lowest_settings_are_accepted():
+    lowest = {"REDIS_PORT": 1, "PREDICTION_LATENCY": 0, "PREDICTION_TIMEOUT": 0.001}
+    main.Settings(_env_file=None, **lowest, PREDICTION_ATTEMPTS=1, PREDICTION_TTL=1)
+
+
 def test_bad_setting_stops_the_start(start_worker):
     with pytest.raises(AssertionError, match="REDIS_PORT") as error:
         start_worker(REDIS_PORT="six", REDIS_PASSWORD="swordfish")
@@ -753,6 +760,45 @@ def test_openapi_describes_parameters_and_has_an_example_that_works(api):
 
 
 # --- The walkthrough --------------------------------------------------------------------------
+
+
+def test_walkthrough_with_an_api_leaves_it_running(walk):
+    run = walk("with an API")
+    assert run.error is None
+    assert run.answer.status_code == 200
+
+
+def test_walkthrough_without_an_api_leaves_nothing_running(walk):
+    run = walk("interrupted, and with pauses")
+    assert run.error is None
+    assert run.answer is None
+
+
+def test_walkthrough_survives_interruptions_and_pauses(walk):
+    run = walk("interrupted, and with pauses")
+    for interrupted in ("interrupt-start", "interrupt-in-a-row"):
+        assert run.output(interrupted).endswith("KeyboardInterrupt")
+    assert re.search("attempt.*lease.* 202\n.* 200\n", run.output("survived"), re.DOTALL)
+    assert "2nd worker" in run.output("lease")
+
+
+def test_walkthrough_that_fails_leaves_nothing_running(walk):
+    run = walk("fails")
+    assert "this cell fails" in run.error
+    assert run.answer is None
+
+
+def test_walkthrough_takes_no_other_server_for_the_api(walk):
+    run = walk("with another server")
+    assert f"Stop the other server at {run.url}, or set API_URL." in run.error
+
+
+def test_walkthrough_cell_that_is_run_first_says_what_to_run(monkeypatch):
+    monkeypatch.chdir(HERE)
+    for cell in code_cells(notebook())[1:]:
+        if "assert " in cell.source:
+            with pytest.raises(AssertionError, match="Run the cells above"):
+                exec(cell.source, {})
 
 
 # --- What the tests are made of: verbs --------------------------------------------------------
@@ -1105,3 +1151,109 @@ def start_worker(folder, tmp_path, request):
     yield start
     for worker in workers:
         worker.kill()
+
+
+# --- What the tests are made of: walkthroughs -------------------------------------------------
+
+START = ["find", "prepare", "start-api", "start"]  # the ids of the cells that start an API
+INTERRUPT = """
+import os, signal, threading
+threading.Timer(0.25, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+"""
+PAUSE = "time.sleep(4)"  # longer than any lease in the notebook
+
+
+def notebook():
+    return nbformat.read(str(HERE / "walkthrough.ipynb"), as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(output):
+    return output.get("text") or output.get("ename") or output["data"]["text/plain"]
+
+
+def steps_of_walks():
+    """The runs of the notebook: ids of cells, and the sources of others put between them."""
+    everything = [cell["id"] for cell in code_cells(notebook())]
+    crash = everything.index("lost")
+    disturbed = everything.copy()
+    for step, id_ in [("interrupt", "start"), ("interrupt", "in-a-row")]:
+        disturbed.insert(disturbed.index(id_), f"{step} {id_}")
+    for id_ in ("survived", "lease"):
+        disturbed.insert(disturbed.index(id_), PAUSE)
+    return {
+        "interrupted, and with pauses": disturbed,
+        "with an API": [id_ for id_ in everything[:crash] for _ in range(2)] + ["end"],
+        "fails": [*START, "assert False, 'this cell fails'"],
+        "with another server": ["find"],
+    }
+
+
+@contextlib.contextmanager
+def server_for(name, folder):
+    """Yield an address: of a live API, of another server, or of nobody."""
+    if name == "with an API":
+        environment = clean_environment(REDIS_PORT=free_port(), PREDICTION_LATENCY=0)
+        worker = Worker("main:app", folder, folder / "walk.log", [], environment)
+        worker.wait_until_it_answers()
+        yield worker.url
+        worker.kill()
+    elif name == "with another server":
+        with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+            server.shutdown()
+    else:
+        yield f"http://127.0.0.1:{free_port()}"
+
+
+class Walk:
+    """A run of the notebook in a kernel of its own, and what came of it."""
+
+    def __init__(self, name, folder):
+        run, self.error = notebook(), None
+        cells = {cell["id"]: cell for cell in run.cells}
+        run.cells = [self.step(cells, step) for step in steps_of_walks()[name]]
+        self.cells = {cell["id"]: cell for cell in run.cells}
+        client = NotebookClient(run, timeout=60, resources={"metadata": {"path": str(folder)}})
+        with server_for(name, folder) as self.url:
+            try:
+                client.execute(env=clean_environment(API_URL=self.url, PREDICTION_LATENCY=0.1))
+            except Exception as error:
+                self.error = str(error)
+                wait_until(lambda: name == "with another server" or not answers(self.url))
+            self.answer = answers(self.url)
+
+    def step(self, cells, step):
+        interrupted = step.startswith("interrupt ")
+        source = cells[step.split()[-1]].source if interrupted else step
+        cell = nbformat.v4.new_code_cell(cells[step].source if step in cells else source)
+        cell["id"] = step.replace(" ", "-") if step in cells or interrupted else cell["id"]
+        if interrupted:
+            cell.source = INTERRUPT + source
+            cell.metadata["tags"] = ["raises-exception"]
+        return cell
+
+    def output(self, id_):
+        return "".join(map(text_of, self.cells[id_].outputs))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def walks(request, folder):
+    """The runs of the notebook. Each takes a while, so they go on beside the other tests."""
+    names = list(steps_of_walks())
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(names)) as pool:
+        patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # so that the kernel is of this Python
+        start = functools.lru_cache(None)(lambda name: pool.submit(Walk, name, folder))
+        wanted = any("walk" in item.fixturenames for item in request.session.items)
+        if wanted and "PYTEST_XDIST_WORKER" not in os.environ:
+            list(map(start, names))
+        yield start
+
+
+@pytest.fixture
+def walk(walks):
+    return lambda name: walks(name).result(4 * LONG)

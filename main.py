@@ -124,11 +124,11 @@ class Invalid(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    app.state.giving_up = asyncio.Lock()
+    app.state.replacing = asyncio.Lock()  # see replace
     yield  # while the worker serves requests, until it is told to stop (Ctrl+C, SIGTERM)
     # By now, requests and background tasks are finished. Those that outlasted uvicorn's
     # --timeout-graceful-shutdown are cancelled, and queue for this lock to give up their leases.
-    await asyncio.wait_for(app.state.giving_up.acquire(), timeout=5)  # wait behind them
+    await asyncio.wait_for(app.state.replacing.acquire(), timeout=5)  # wait behind them
     await app.state.redis.aclose()
 
 
@@ -267,7 +267,7 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
         logger.exception("The model has not completed %s in time", key)
         output = Output(status=Status.failed, input=text, result=None)
     except asyncio.CancelledError:  # it is this attempt that is cancelled, see lifespan
-        await give_up_lease(redis, key)
+        await replace(redis, f"{key}:lease", WORKER.encode(), None)
         raise
     finally:
         model.cancel()  # if it still runs
@@ -298,33 +298,38 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
     if not await take_lease(redis, key):
         return
-    record_json = await redis.get(key)  # only now, when no other worker changes it
+    record_json = await redis.get(key)
     if not record_json:
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1
-        await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        await make_attempt(redis, key, record.input)
+        # Subtle: if this worker has been frozen since it took the lease, another may be ahead.
+        if await replace(redis, key, record_json, record.model_dump_json()):
+            await make_attempt(redis, key, record.input)
     else:
         logger.error("%s has used up its attempts", key)
         failed = Output(status=Status.failed, input=record.input, result=None)
         await store_output(redis, key, failed)
 
 
-async def give_up_lease(redis: Redis, key: str) -> None:
-    """Delete the lease, if it is still this worker's, so that a GET can start another attempt.
+async def replace(redis: Redis, key: str, old: Any, new: Optional[str]) -> bool:
+    """Set a key (or delete it, for None) if it still has its old value; return whether it has.
 
     See https://redis.io/docs/latest/develop/using-commands/transactions/
     """
-    lease = f"{key}:lease"
-    # A pipeline takes a connection of its own. The lock lets attempts use it one after the other.
-    async with app.state.giving_up, redis.pipeline() as pipeline:
-        await pipeline.watch(lease)
-        if await pipeline.get(lease) == WORKER.encode():
-            pipeline.multi()  # commands are sent at once before this, and by execute() after it
-            pipeline.delete(lease)
-            await pipeline.execute()  # raises a RedisError if the lease has changed since watch()
+    # A pipeline takes a connection of its own. The lock has it used by one after the other.
+    async with app.state.replacing, redis.pipeline() as pipeline:
+        await pipeline.watch(key)
+        if await pipeline.get(key) != old:
+            return False
+        pipeline.multi()  # commands are sent at once before this, and by execute() after it
+        if new is None:
+            pipeline.delete(key)
+        else:
+            pipeline.set(key, new, ex=settings.PREDICTION_TTL)
+        await pipeline.execute()  # raises a RedisError if the key has changed since watch()
+        return True
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:

@@ -470,15 +470,15 @@ def test_prediction_with_a_lease_is_not_taken_over(api, store, calls):
     assert calls == []
 
 
-def overtaken(monkeypatch, meanwhile):
-    """Let something happen between a poll and the attempt that it starts."""
-    take_lease = main.take_lease
+def overtaken(monkeypatch, meanwhile, before="take_lease"):
+    """Let something happen between a poll and a step of the attempt that it starts."""
+    step = getattr(main, before)
 
     async def too_late(*args):
         meanwhile()
-        return await take_lease(*args)
+        return await step(*args)
 
-    monkeypatch.setattr(main, "take_lease", too_late)
+    monkeypatch.setattr(main, before, too_late)
 
 
 def test_lease_that_another_poll_takes_first_is_left_to_it(api, store, calls, monkeypatch):
@@ -494,6 +494,15 @@ def test_attempts_are_counted_by_who_holds_the_lease(api, store, calls, monkeypa
     path = store.leave_orphan(attempt=1)
     overtaken(monkeypatch, lambda: store.leave_orphan(path, attempt=3))
     assert poll(api, path)["status"] == "failed"
+    assert calls == []
+
+
+def test_attempt_that_another_worker_has_counted_is_left_to_it(api, store, calls, monkeypatch):
+    path = store.leave_orphan(attempt=1)
+    overtaken(monkeypatch, lambda: store.leave_orphan(path, attempt=2), before="replace")
+    assert requests.get(api + path).status_code == 202
+    attempts_have_ended()
+    assert store.record(path)["attempt"] == 2
     assert calls == []
 
 
@@ -898,6 +907,7 @@ class RedisServer(Address):
 
     def start(self, *options):
         options = ("--port", self.port, "--save", "", "--appendonly", "yes", *options)
+        options += ("--repl-diskless-sync-delay", 0)  # for the replica of a failover
         command = ["redis-server", *map(str, options)]
         self.process = subprocess.Popen(command, cwd=str(self.folder), stdout=subprocess.DEVNULL)
 

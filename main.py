@@ -2,8 +2,8 @@
 
 A client waits for its prediction, or has it made in the background and asks for it later. Redis, a
 server that stores values under keys, holds the prediction, so that it outlives the process that
-accepted it. (To try the API without Redis, it brings a stand-in.) Left out on purpose:
-authentication, rate limits, a task queue. To run it on the web server uvicorn:
+accepted it. (Without Redis, a stand-in will do to try the API.) Left out on purpose:
+authentication, rate limits, a task queue. To run the API on the web server uvicorn:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
@@ -126,9 +126,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     app.state.replacing = asyncio.Lock()  # see replace
     yield  # while the worker serves requests, until it is told to stop (Ctrl+C, SIGTERM)
-    # By now, requests and background tasks are finished. Those that outlasted uvicorn's
-    # --timeout-graceful-shutdown are cancelled, and queue for this lock to give up their leases.
-    await asyncio.wait_for(app.state.replacing.acquire(), timeout=5)  # wait behind them
+    # By now, requests and background tasks are finished, or cancelled if they took longer than
+    # uvicorn's --timeout-graceful-shutdown. Cancelled attempts are giving up their leases, one by
+    # one, with this lock. It is fair, so this waits until they have (but not for ever).
+    await asyncio.wait_for(app.state.replacing.acquire(), timeout=5)
     await app.state.redis.aclose()
 
 
@@ -186,7 +187,7 @@ READ_ANSWERS: Dict[Any, Any] = {
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
-    tasks: BackgroundTasks,  # to run after the answer has been sent, whichever it is
+    tasks: BackgroundTasks,  # FastAPI runs them once the answer has been sent
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
     # The same header for those behind a proxy such as nginx, which drops names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
@@ -196,7 +197,7 @@ async def create_prediction(
     prediction_id = uuid4()
     key = f"prediction:{prediction_id}"
     record = Record(input=body.input).model_dump_json()
-    # Both in one round trip, see BatchingRedis. If it fails, the client gets 503, and no id.
+    # Both in one round trip, see BatchingRedis. If Redis fails, the answer is 503, without an id.
     await asyncio.gather(take_lease(redis, key), redis.set(key, record, ex=settings.PREDICTION_TTL))
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
@@ -260,7 +261,7 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     try:
         # Subtle: asyncio.wait_for would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
-        if not model.done():  # a worker that was frozen has to catch up
+        if not model.done():  # if the worker was frozen until now, its result may be on the way
             await asyncio.sleep(0.1)
         output = model.result()
     except asyncio.InvalidStateError:  # there is no result yet
@@ -275,7 +276,7 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
 
 
 async def run_model(key: str, text: str) -> Output:
-    """Return the model's output, failed if it raises anything or returns what is no text."""
+    """Return the model's output: failed, if it raises or does not return text."""
     try:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
@@ -304,7 +305,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1
-        # Subtle: if this worker has been frozen since it took the lease, another may be ahead.
+        # Subtle: if this worker was frozen after it took the lease, another may have come before.
         if await replace(redis, key, record_json, record.model_dump_json()):
             await make_attempt(redis, key, record.input)
     else:
@@ -314,26 +315,28 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 
 
 async def replace(redis: Redis, key: str, old: Any, new: Optional[str]) -> bool:
-    """Set a key (or delete it, for None) if it still has its old value; return whether it has.
+    """Set a key (or delete it, for None) if it still has its old value; return whether it had.
 
     See https://redis.io/docs/latest/develop/using-commands/transactions/
     """
-    # A pipeline takes a connection of its own. The lock has it used by one after the other.
+    # A pipeline needs a connection of its own. Because of the lock, one is enough.
     async with app.state.replacing, redis.pipeline() as pipeline:
         await pipeline.watch(key)
         if await pipeline.get(key) != old:
             return False
-        pipeline.multi()  # commands are sent at once before this, and by execute() after it
+        pipeline.multi()  # what comes after this is sent by execute()
         if new is None:
             pipeline.delete(key)
         else:
             pipeline.set(key, new, ex=settings.PREDICTION_TTL)
-        await pipeline.execute()  # raises a RedisError if the key has changed since watch()
+        await (
+            pipeline.execute()
+        )  # raises WatchError, a RedisError, if the key changed after watch()
         return True
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
-    """Make an attempt after the answer, when an error can only be logged."""
+    """Make an attempt after the answer has been sent, so that an error can only be logged."""
     try:
         await attempt(*args)
     except RedisError as error:
@@ -346,8 +349,8 @@ async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> N
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    While code in here computes or blocks, all requests wait. Run such a model in a thread, which
-    does not stop at a time-out. Load its weights once, above this function.
+    While code in here computes or blocks, all requests wait, so run such a model in a thread. (The
+    thread goes on after a time-out.) Load its weights once, above this function.
 
         return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
     """
@@ -366,7 +369,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input. FastAPI would repeat it, and fail where it holds NaN, as Python can."""
+    """Leave out the input. FastAPI would repeat it, and fail if it is NaN, which JSON has not."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -375,9 +378,9 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     Methods such as set() call execute_command(). Commands that come while a batch is under way go
-    out together in the next, so each waits for two batches at most. With a pool of 8, 32 or 100
-    connections instead, a request took twice as long, and either 2,000 POSTs at once were too much,
-    or it took more than 5 s to tell 2,000 clients that Redis was frozen.
+    out together in the next, so each waits for two batches at most. With an ordinary client and its
+    pool of connections, a request took twice as long. And no pool, of 8, 32 or 100, passed both
+    tests: serve 2,000 POSTs at once, and tell 2,000 clients within 5 s that Redis is frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -402,11 +405,11 @@ class BatchingRedis(Redis):
                     pipeline.execute_command(*args, **options)  # only collects; execute() sends
                 replies = await pipeline.execute(raise_on_error=False)
                 if any(isinstance(reply, ReadOnlyError) for reply in replies):
-                    # After a failover. The next batch connects anew, to where REDIS_HOST leads now.
+                    # This is a replica, after a failover. The next batch connects anew.
                     await self.connection_pool.disconnect()
             except RedisError as error:
                 replies = [error] * len(batch)
-            except BaseException as error:  # whatever it is, nobody is left waiting
+            except BaseException as error:  # so that nobody is left waiting
                 replies = [RedisError(repr(error))] * len(batch)
             for (_, _, reply), value in zip(batch, replies):
                 if reply.done():  # its request was cancelled
@@ -438,7 +441,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; with version 3, redis-py 8 overlooks that a connection is closed
+        protocol=2,  # its version; with 3, redis-py 8 overlooks that a connection is closed
         socket_connect_timeout=0.9,  # seconds, or 1.8 for two batches
         socket_timeout=2,  # seconds, or 4 for two batches
         retry=Retry(NoBackoff(), 0),  # no retries

@@ -21,8 +21,8 @@ A prediction is three keys in Redis:
     prediction:1b9d...:output   its output: {"status": "completed", "input": "Hi", "result": "..."}
 
 The output is final. A worker that is killed leaves a record, no output, and a lease that runs out.
-The next GET of that prediction, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in
-all. So the model may run more than once for a prediction.
+The next GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So
+the model may run more than once for a prediction.
 """
 
 import asyncio
@@ -261,13 +261,13 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     try:
         # Subtle: asyncio.wait_for would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
-        if not model.done():  # if the worker was frozen until now, its result may be on the way
+        if not model.done():  # a model in a thread, on a worker that was frozen, needs a moment
             await asyncio.sleep(0.1)
         output = model.result()
     except asyncio.InvalidStateError:  # there is no result yet
         logger.exception("The model has not completed %s in time", key)
         output = Output(status=Status.failed, input=text, result=None)
-    except asyncio.CancelledError:  # it is this attempt that is cancelled, see lifespan
+    except asyncio.CancelledError:  # of this attempt, see lifespan; run_model catches the model's
         await replace(redis, f"{key}:lease", WORKER.encode(), None)
         raise
     finally:
@@ -281,7 +281,7 @@ async def run_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # and not only an Exception: SystemExit would end the server
+    except BaseException:  # CancelledError, too, and SystemExit, which would end the server
         logger.exception("The model has not completed %s", key)
         return Output(status=Status.failed, input=text, result=None)
 
@@ -305,7 +305,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1
-        # Subtle: if this worker was frozen after it took the lease, another may have come before.
+        # Subtle: if this worker was frozen until its lease ran out, another may have counted.
         if await replace(redis, key, record_json, record.model_dump_json()):
             await make_attempt(redis, key, record.input)
     else:
@@ -319,7 +319,7 @@ async def replace(redis: Redis, key: str, old: Any, new: Optional[str]) -> bool:
 
     See https://redis.io/docs/latest/develop/using-commands/transactions/
     """
-    # A pipeline needs a connection of its own. Because of the lock, one is enough.
+    # This needs a connection of its own. Because of the lock, one is enough for all.
     async with app.state.replacing, redis.pipeline() as pipeline:
         await pipeline.watch(key)
         if await pipeline.get(key) != old:
@@ -369,7 +369,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input. FastAPI would repeat it, and fail if it is NaN, which JSON has not."""
+    """Leave out the input. FastAPI would repeat it, and fail if it is NaN: that is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 

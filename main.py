@@ -329,9 +329,8 @@ async def replace(redis: Redis, key: str, old: Any, new: Optional[str]) -> bool:
             pipeline.delete(key)
         else:
             pipeline.set(key, new, ex=settings.PREDICTION_TTL)
-        await (
-            pipeline.execute()
-        )  # raises WatchError, a RedisError, if the key changed after watch()
+        # Raises WatchError, a RedisError, if the key has changed since watch().
+        await pipeline.execute()
         return True
 
 

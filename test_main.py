@@ -617,6 +617,26 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
     assert "swordfish" not in caplog.text
 
 
+@real
+def test_no_connection_is_left_open(redis_server, monkeypatch):
+    async def connections_become(number):
+        deadline = time.monotonic() + LONG
+        while len(redis_server.client.client_list()) != number:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    async def run():
+        before, app = len(redis_server.client.client_list()), main.FastAPI()
+        async with main.lifespan(app):  # finds the Redis, without a REDIS_HOST
+            await connections_become(before + 1)
+        await connections_become(before)
+        return app  # and its client: not closed by being collected
+
+    settings = main.Settings.model_construct(REDIS_PORT=redis_server.port)
+    monkeypatch.setattr(main, "settings", settings)
+    asyncio.run(run())
+
+
 def in_a_loop(function, port):
     """Run function(client), where client is a BatchingRedis."""
 

@@ -42,7 +42,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
 logger = logging.getLogger("uvicorn.error")  # uvicorn's log, not only for errors
 
@@ -263,15 +263,19 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
         await asyncio.wait({model}, timeout=settings.PREDICTION_TIMEOUT)
         if not model.done():  # a model in a thread, on a worker that was frozen, needs a moment
             await asyncio.sleep(0.1)
-        output = model.result()
-    except asyncio.InvalidStateError:  # there is no result yet
-        logger.exception("The model has not completed %s in time", key)
-        output = Output(status=Status.failed, input=text, result=None)
-    except asyncio.CancelledError:  # of this attempt, see lifespan; run_model catches the model's
+    except asyncio.CancelledError:  # of this attempt, see lifespan
+        model.cancel()
         await replace(redis, f"{key}:lease", WORKER.encode(), None)
         raise
-    finally:
-        model.cancel()  # if it still runs
+    try:
+        output = model.result()
+    except (
+        asyncio.InvalidStateError,
+        asyncio.CancelledError,
+    ):  # no result yet, or cancelled itself
+        model.cancel()
+        logger.exception("The model has not completed %s in time", key)
+        output = Output(status=Status.failed, input=text, result=None)
     return await store_output(redis, key, output)
 
 
@@ -299,8 +303,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
     if not await take_lease(redis, key):
         return
-    record_json = await redis.get(key)
-    if not record_json:
+    record_json, output = await redis.mget(key, f"{key}:output")
+    if output or not record_json:
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
@@ -401,10 +405,10 @@ class BatchingRedis(Redis):
             try:
                 pipeline = self.pipeline(transaction=False)
                 for args, options, _ in batch:
-                    pipeline.execute_command(*args, **options)  # only collects; execute() sends
+                    pipeline.pipeline_execute_command(*args, **options)  # execute() sends them
                 replies = await pipeline.execute(raise_on_error=False)
-                if any(isinstance(reply, ReadOnlyError) for reply in replies):
-                    # This is a replica, after a failover. The next batch connects anew.
+                if any(isinstance(reply, RedisError) for reply in replies):
+                    # This may be a replica, after a failover. The next batch connects anew.
                     await self.connection_pool.disconnect()
             except RedisError as error:
                 replies = [error] * len(batch)

@@ -376,6 +376,11 @@ async def raising(error):
     raise error
 
 
+async def cancelling_itself(task):
+    task.cancel()
+    return "no await follows"
+
+
 async def returning(value):
     return value
 
@@ -397,6 +402,7 @@ MISBEHAVING_MODELS = {
     "raises no Exception": lambda text: raising(Panic(text)),
     "raises GeneratorExit": lambda text: raising(GeneratorExit()),
     "raises CancelledError": lambda text: raising(asyncio.CancelledError()),
+    "cancels itself": lambda text: cancelling_itself(asyncio.current_task()),
     "exits": lambda text: raising(SystemExit(1)),
     "hangs": lambda text: asyncio.Event().wait(),
     "ignores its cancellation": lambda text: ignoring_its_cancellation(),

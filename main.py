@@ -311,8 +311,8 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # asyncio.wait_for would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    # After a freeze of this worker, the time-out may be noticed before a result that is there, too.
-    await asyncio.wait({task}, timeout=0.1)
+    if not task.done():  # after a freeze of this worker, the result may need a moment to arrive
+        await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):  # there is none
@@ -364,37 +364,40 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.under_way = asyncio.Lock()  # one batch at a time
-        self.batch: Any = None  # the next one
-        self.sending: Any = None  # the task that sends it
+        self.waiting: List[Any] = []
+        self.sending: Any = None  # the task that sends batches, if there are any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Send a command; redis-py calls this from set(), mget() and all the others."""
-        if self.batch is None:
-            self.batch = self.pipeline(transaction=False)
-            self.sending = asyncio.ensure_future(self.send_batch())
-        self.batch.pipeline_execute_command(*args, **options)  # this only collects it
-        index = len(self.batch) - 1
-        replies = await asyncio.shield(self.sending)  # if this is cancelled, the batch is not
-        if isinstance(replies[index], RedisError):
-            raise replies[index]
-        return replies[index]
+        """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
+        reply = asyncio.get_running_loop().create_future()
+        self.waiting.append((args, options, reply))
+        if self.sending is None or self.sending.done():
+            self.sending = asyncio.ensure_future(self.send_batches())
+        value = await reply
+        if isinstance(value, RedisError):
+            raise value
+        return value
 
-    async def send_batch(self) -> Any:
-        async with self.under_way:
-            batch, self.batch = self.batch, None  # from here on, commands go into another one
+    async def send_batches(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting, []
             try:
-                replies = await batch.execute(raise_on_error=False)
-                if any(isinstance(reply, RedisError) for reply in replies):
+                pipeline = self.pipeline(transaction=False)
+                for args, options, _ in batch:
+                    pipeline.pipeline_execute_command(*args, **options)  # this only collects it
+                values = await pipeline.execute(raise_on_error=False)
+                if any(isinstance(value, RedisError) for value in values):
                     # After a failover, this may be a replica, which refuses to write. Connect anew.
                     await self.connection_pool.disconnect()
-                return replies
-            except BaseException as error:
-                raise RedisError(f"{type(error).__name__}: {error}") from error
+            except BaseException as error:  # whatever it is, nobody is left waiting
+                values = [RedisError(f"{type(error).__name__}: {error}")] * len(batch)
+            for (_, _, reply), value in zip(batch, values):
+                if not reply.done():  # unless its request was cancelled
+                    reply.set_result(value)
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # attempts that are cancelled are giving up their leases
-            await asyncio.wait({self.sending})
+        if self.sending:  # attempts that were cancelled are giving up their leases
+            await self.sending
         await super().aclose(close_connection_pool)
 
 

@@ -1,9 +1,9 @@
 """Mock Model API: how to put a slow model behind FastAPI.
 
-A client waits for its prediction, or has it made in the background and asks for it later. Redis, a
-server that stores values under keys, holds the predictions, so that they outlive the process that
-accepted them. (For a first try, fakeredis imitates Redis inside the process.) Left out on purpose:
-authentication, rate limits, a task queue. To run the API on the web server uvicorn:
+A client waits for its prediction, or has it made in the background and asks for it later. Either
+way, it is kept in Redis, a server that stores values under keys, and survives the process that
+accepted it. (For a first try, fakeredis imitates Redis in memory.) Left out on purpose:
+authentication, rate limits, a task queue. To run it on the web server uvicorn:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
@@ -13,13 +13,13 @@ A prediction is up to three keys in Redis, here with examples of their values:
     prediction:1b9d...:lease    worker-5f0c9a7e
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-The first, its record, is written when the prediction is accepted. Then a worker (a process that
-runs this file) makes an attempt: it takes the lease, which runs out by itself, runs the model, and
-stores the output. An output is final. It says "failed" if the model raises or takes too long.
+The first, its record, is written when the prediction is accepted. Then a worker, that is, a process
+that runs this file, makes an attempt: it takes the lease, runs the model, and stores the output.
+The output is final, also if it says "failed", for a model that raises or takes too long.
 
-A worker that is killed leaves a record, no output, and a lease that runs out. The next GET after
-that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model may run
-more than once for a prediction.
+A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
+GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
+model may run more than once for a prediction.
 """
 
 import asyncio
@@ -180,7 +180,7 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    await accept(redis, key, body.input)  # or raise RedisError, which answer_unavailable handles
+    await accept(redis, key, body.input)  # if Redis fails, answer_unavailable sends 503
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
@@ -210,9 +210,9 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# redis.set() takes ex or px, the seconds or milliseconds until the key is deleted, and nx=True: set
-# it only if it does not exist. Of several workers that try, one succeeds, since Redis executes one
-# command after the other. See https://redis.io/docs/latest/commands/set/
+# redis.set() takes ex or px, the seconds or milliseconds until Redis deletes the key, and nx=True:
+# set it only if it does not exist. Of several workers that try that, one succeeds, since Redis
+# executes one command after the other. See https://redis.io/docs/latest/commands/set/
 
 WORKER = f"worker-{uuid4().hex[:8]}".encode()  # bytes, as Redis returns them
 
@@ -232,7 +232,7 @@ async def accept(redis: Redis, key: str, text: str) -> None:
 async def take_lease(redis: Redis, key: str) -> bool:
     """Return whether this worker gets the lease: not if there is one already.
 
-    It lasts a second longer than an attempt, to leave time for storing the output.
+    It lasts a second longer than an attempt, so that there is time to store the output.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
@@ -245,13 +245,13 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """
     try:
         return await store_output(redis, key, await run_model(key, text))
-    except asyncio.CancelledError:  # by uvicorn, see lifespan: any worker may take over at once
+    except asyncio.CancelledError:  # see lifespan; give up the lease, so that others may take over
         with suppress(RedisError):
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
         raise
 
 
-# Redis executes this script like one command. So it never deletes the lease of another worker.
+# Redis executes this script like one command, so it never deletes the lease of another worker.
 DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
 
@@ -265,7 +265,7 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
 
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt at a prediction that seems to have lost its worker."""
+    """Make another attempt at a prediction, if this worker gets the lease and one is left."""
     if not await take_lease(redis, key):
         return
     record_json, output_json = await redis.mget(key, f"{key}:output")
@@ -278,7 +278,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         return
     record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-    # Subtle: if this worker was frozen until another got the lease, that one makes this attempt.
+    # Subtle: if this worker was frozen until another got the lease, leave the attempt to that one.
     if await redis.get(f"{key}:lease") == WORKER:
         await make_attempt(redis, key, record.input)
 
@@ -356,9 +356,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    What is called while a batch is under way goes out in the next. This halves the time that a
-    request takes with redis-py's pool of connections. Pools of 8, 32 and 100 were tried: none both
-    served 2,000 POSTs at once and told 2,000 clients within 5 s that Redis was frozen.
+    Commands that come while a batch is under way go out in the next. That takes half the time of
+    redis-py's pool of connections. And no pool (8, 32 and 100 were tried) could both serve 2,000
+    POSTs at once and tell 2,000 clients within 5 s that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -422,9 +422,9 @@ async def connect() -> Redis:
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
         protocol=2,  # with version 3, redis-py 8 does not notice that a connection was closed
-        socket_connect_timeout=0.9,  # seconds; twice that if a batch before has to time out, too
-        socket_timeout=2,  # seconds, likewise
-        retry=None,  # that is up to the clients of this API
+        socket_connect_timeout=0.9,  # seconds; as long again if the batch before has to fail first
+        socket_timeout=2,  # seconds; likewise
+        retry=None,  # tell the client at once
     )
     try:
         await redis.ping()

@@ -141,7 +141,8 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn then finishes those that it has
-    # and their background tasks, or cancels them after its --timeout-graceful-shutdown, if set.
+    # and their background tasks. It cancels them (and clients get a 500) only if its option
+    # --timeout-graceful-shutdown is set, and that time is over.
     yield
     await app.state.redis.aclose()
 
@@ -216,6 +217,9 @@ async def read_prediction(
 
 WORKER = f"worker-{uuid4().hex[:8]}".encode()  # bytes, as Redis returns them
 
+# A script, which Redis executes like one command: delete a key if it has this value.
+DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
+
 
 class Record(BaseModel):
     status: str = "processing"  # always; the output has the outcome
@@ -224,7 +228,7 @@ class Record(BaseModel):
 
 
 async def accept(redis: Redis, key: str, text: str) -> None:
-    """Store the record of a new prediction and take its lease, in one round trip to Redis."""
+    """Store the record of a new prediction and take its lease, in one batch (see BatchingRedis)."""
     record = Record(input=text).model_dump_json()
     await asyncio.gather(take_lease(redis, key), redis.set(key, record, ex=settings.PREDICTION_TTL))
 
@@ -245,14 +249,10 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """
     try:
         return await store_output(redis, key, await run_model(key, text))
-    except asyncio.CancelledError:  # see lifespan; give up the lease, so that others may take over
+    except asyncio.CancelledError:  # see lifespan: give up the lease, if it is still this worker's
         with suppress(RedisError):
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, and the value
         raise
-
-
-# Redis executes this script like one command, so it never deletes the lease of another worker.
-DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
 
 async def store_output(redis: Redis, key: str, output: Output) -> Output:

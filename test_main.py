@@ -120,6 +120,7 @@ def test_redis_killed_and_back_loses_nothing(redis_server, api_on, caplog):
         assert_unavailable(request, within=2)
     assert requests.get(api).status_code == 200
     wait_until(lambda: caplog.text.count("an attempt is lost") == 5)  # outputs without a place
+    assert re.search(f"Redis is unavailable: .*127.0.0.1:{redis_server.port}", caplog.text)
     redis_server.start()
     done = poll_all(api, paths)
     assert [one["status"] for one in done] == ["completed"] * 5
@@ -662,8 +663,9 @@ def test_bad_setting_is_named(monkeypatch, name, value):
 
 
 def test_lowest_settings_are_accepted():
-    lowest = {"REDIS_PORT": 1, "PREDICTION_LATENCY": 0, "PREDICTION_TIMEOUT": 0.001}
-    main.Settings(_env_file=None, **lowest, PREDICTION_ATTEMPTS=1, PREDICTION_TTL=1)
+    lowest = {"REDIS_HOST": "h", "REDIS_PORT": 1, "PREDICTION_LATENCY": 0}
+    lowest.update(PREDICTION_TIMEOUT=0.001, PREDICTION_ATTEMPTS=1, PREDICTION_TTL=1)
+    main.Settings(_env_file=None, **lowest)
 
 
 def test_bad_setting_stops_the_start(monkeypatch):

@@ -97,7 +97,7 @@ def test_worker_told_to_stop_finishes_first(start_worker, api, store):
     path = accept(worker.url)
     worker.stop()
     assert requests.get(api + path).json()["status"] == "completed"
-    assert f"Predictions are kept in Redis at 127.0.0.1:{store.port}." in worker.log()
+    assert f" Predictions are kept in Redis at 127.0.0.1:{store.port}.\n" in worker.log()
 
 
 @real
@@ -374,6 +374,8 @@ def test_prediction_of_a_model_that_misbehaves_is_failed(api, monkeypatch, caplo
     output = {"status": "failed", "input": "Some input data", "result": None}
     done = {"prediction_id": path.split("/")[-1], "status": "failed", "output": output}
     assert poll(api, path) == done
+    reasons = ("the model has failed", "no output in time")
+    assert {f"{key_of(path)}: {reason}" for reason in reasons}.intersection(caplog.messages)
 
 
 def test_model_that_takes_too_long_is_cancelled(api, models):
@@ -424,7 +426,7 @@ def test_prediction_without_attempts_left_is_failed(api, store, models, caplog, 
     done = poll(api, path)
     assert done["output"] == {"status": "failed", "input": "orphan", "result": None}
     assert models.inputs == []
-    assert "used up its attempts" in caplog.text
+    assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
 MEANWHILE = {  # what happens just before, and just after, a worker takes the lease
@@ -516,7 +518,7 @@ def test_redis_that_is_full_is_503_until_there_is_room(redis_server, api_on):
 def test_api_that_starts_before_its_redis_recovers(redis_server, api_on, caplog):
     redis_server.kill()
     api = api_on(redis_server, PREDICTION_LATENCY=0)
-    assert f"Redis at 127.0.0.1:{redis_server.port} is unavailable" in caplog.text
+    assert caplog.messages[-1].startswith(f"Redis at 127.0.0.1:{redis_server.port} is unavailable")
     assert_unavailable(partial(predict, api), within=2)
     redis_server.start()
     assert predict(api).status_code == 200

@@ -613,6 +613,18 @@ def test_no_reply_is_mixed_up_among_errors_and_cancellations(redis_server):
             assert reply == str(number).encode()
 
 
+@real
+def test_client_that_is_closed_sends_first_what_is_waiting(redis_server):
+    async def run(client):
+        pings = [asyncio.ensure_future(client.ping()) for _ in range(1_000)]
+        await asyncio.sleep(0)
+        await client.aclose()
+        await asyncio.sleep(0.001)  # a turn of the loop, for the tasks that await the replies
+        return [ping.done() and ping.result() for ping in pings]
+
+    assert with_client(redis_server.port, run) == [True] * 1_000
+
+
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError, redis.TimeoutError])
 def test_whatever_fails_in_a_batch_nobody_is_left_waiting(store, monkeypatch, error):
     async def fails(*args, **kwargs):

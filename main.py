@@ -309,7 +309,7 @@ def failed_output(text: str) -> Output:
 async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.ensure_future(call_model(key, text))
-    # asyncio.wait_for would go on waiting for a model that ignores its cancellation.
+    # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():  # after a freeze of this worker, the result may need a moment to arrive
         await asyncio.wait({task}, timeout=0.1)
@@ -382,9 +382,9 @@ class BatchingRedis(Redis):
         while self.waiting:
             batch, self.waiting = self.waiting, []
             try:
-                pipeline = self.pipeline(transaction=False)
+                pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
                 for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # this only collects it
+                    pipeline.pipeline_execute_command(*args, **options)  # adds one
                 values = await pipeline.execute(raise_on_error=False)
                 if any(isinstance(value, RedisError) for value in values):
                     # After a failover, this may be a replica, which refuses to write. Connect anew.

@@ -118,7 +118,8 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}  # unless sent in chunks
+# FastAPI sends that if the body comes in chunks, and otherwise a plain text:
+TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),
@@ -154,7 +155,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; FastAPI before version 0.164 ignores it
+app.router.max_body_size = 1_000_000  # bytes; no limit before FastAPI 0.164, Python 3.11
 
 
 @app.get("/")
@@ -278,7 +279,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         return
     record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-    # Subtle: if this worker was frozen until another got the lease, leave the attempt to that one.
+    # Subtle: if a freeze has cost this worker the lease meanwhile, another makes the attempt.
     if await redis.get(f"{key}:lease") == WORKER:
         await make_attempt(redis, key, record.input)
 
@@ -299,7 +300,7 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- The machine room, where you may stop reading: whatever the model, a client, or Redis does --
+# --- The machine room, where you may stop reading: how to cope with the model, clients and Redis -
 
 
 def failed_output(text: str) -> Output:
@@ -311,7 +312,7 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():  # after a freeze of this worker, the result may need a moment to arrive
+    if not task.done():  # after a freeze, a result that is there may be noticed second
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
@@ -327,7 +328,7 @@ async def call_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # SystemExit, too, which would end this worker
+    except BaseException:  # SystemExit, too, which would end this worker, and cancel() above
         logger.exception("%s: the model has failed", key)
         return failed_output(text)
 
@@ -421,10 +422,11 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with version 3, redis-py 8 does not notice that a connection was closed
-        socket_connect_timeout=0.9,  # seconds; as long again if the batch before has to fail first
-        socket_timeout=2,  # seconds; likewise
-        retry=None,  # tell the client at once
+        protocol=2,  # of Redis; with version 3, redis-py 8 does not notice a closed connection
+        # Seconds. A command waits for two batches at most, the one under way and its own.
+        socket_connect_timeout=0.9,
+        socket_timeout=2,
+        retry=None,  # no retries: the client is told at once
     )
     try:
         await redis.ping()

@@ -67,28 +67,28 @@ def test_killed_worker_loses_nothing(start_worker, api):
 
 
 def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, models):
-    main.settings.PREDICTION_ATTEMPTS = 2
-    deadly = partial(start_worker, app="deadly:app", PREDICTION_TIMEOUT=0.2)
+    main.settings.PREDICTION_ATTEMPTS = 2  # of the third worker, api
+    deadly = partial(start_worker, app="deadly:app", PREDICTION_TIMEOUT=0.2)  # its model exits
     first, second = at_once(2, deadly)
     path = accept(first.url)
     assert store.record(path)["attempt"] == 1
     first.wait()
-    wait_until(lambda: answers(second.url + path) is None)
+    wait_until(lambda: answers(second.url + path) is None)  # a poll of it has killed that, too
     assert store.record(path)["attempt"] == 2
     assert poll(api, path)["status"] == "failed"
-    assert models.inputs == []
+    assert models.inputs == []  # the third has not tried
 
 
 def test_first_output_is_final_when_two_attempts_race(api, store, models):
     path = accept(api)
     store.expire_lease(path)
-    assert requests.get(api + path).status_code == 202
+    assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
     wait_until(lambda: len(models.inputs) == 2)
     models.finish(1, "The second attempt's")
     first = poll(api, path)
     assert first["output"]["result"] == "The second attempt's"
     models.finish(0, "The first attempt's")
-    attempts_have_ended()
+    wait_for_attempts()
     assert requests.get(api + path).json() == first
 
 
@@ -116,10 +116,10 @@ def test_redis_killed_and_back_loses_nothing(redis_server, api_on, caplog):
     api = api_on(redis_server, PREDICTION_LATENCY=0.7, PREDICTION_TIMEOUT=1)
     paths = [accept(api, text) for text in "abcde"]
     redis_server.kill()
-    for request in (partial(requests.get, api + paths[0]), partial(predict, api)):
-        assert_unavailable(request, within=2)
+    assert_503(partial(requests.get, api + paths[0]), within=2)
+    assert_503(partial(predict, api), within=2)
     assert requests.get(api).status_code == 200
-    wait_until(lambda: caplog.text.count("an attempt is lost") == 5)  # outputs without a place
+    wait_until(lambda: caplog.text.count("an attempt is lost") == 5)  # to be made again
     assert re.search(f"Redis is unavailable: .*127.0.0.1:{redis_server.port}", caplog.text)
     redis_server.start()
     done = poll_all(api, paths)
@@ -133,7 +133,7 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
     path = accept(api)
     poll(api, path)
     redis_server.process.send_signal(signal.SIGSTOP)
-    at_once(100, assert_unavailable, partial(requests.get, api + path), 5)
+    at_once(100, partial(assert_503, partial(requests.get, api + path), within=5))
     assert requests.get(api).status_code == 200
     redis_server.process.send_signal(signal.SIGCONT)
     wait_until(lambda: requests.get(api + path).status_code == 200)
@@ -142,15 +142,15 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
 @real
 def test_failover_is_followed(redis_server, tmp_path, api_on):
     old = redis_server
-    with RedisServer(tmp_path / "new") as new, forwarder(old.port) as name:
-        api = api_on(name, PREDICTION_LATENCY=0)
+    with RedisServer(tmp_path / "new") as new, forwarder(old.port) as address:
+        api = api_on(address, PREDICTION_LATENCY=0)
         new.client.replicaof("127.0.0.1", old.port)
         path = accept(api)
         poll(api, path)
         wait_until(lambda: new.get(path, ":output"))
         new.client.replicaof("NO", "ONE")
         old.client.replicaof("127.0.0.1", new.port)
-        name.target = new.port  # for new connections; the old ones stay where they are
+        address.target = new.port  # for new connections; the old ones stay where they are
         wait_until(lambda: predict(api).status_code == 200)
         assert requests.get(api + path).status_code == 200
 
@@ -406,7 +406,7 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
     wait_until(lambda: models.inputs)
     models.finish(0, "Done")
     assert poll(api, path)["output"]["result"] == "Done"
-    attempts_have_ended()
+    wait_for_attempts()
     assert models.inputs == ["orphan"]
     assert store.record(path) == {"status": "processing", "input": "orphan", "attempt": 2}
 
@@ -415,7 +415,7 @@ def test_prediction_with_a_lease_is_not_taken_over(api, store, models):
     path = store.leave_orphan()
     store.lease(path, "another worker")
     assert requests.get(api + path).status_code == 202
-    attempts_have_ended()
+    wait_for_attempts()
     assert models.inputs == []
 
 
@@ -450,7 +450,7 @@ def test_what_changes_after_the_poll_stops_the_attempt(api, store, models, monke
     monkeypatch.setattr(main, "take_lease", slow_take_lease)
     path = store.leave_orphan()
     assert requests.get(api + path).status_code == 202
-    attempts_have_ended()
+    wait_for_attempts()
     assert models.inputs == []
     assert store.get(path, ":lease") in ("another", main.WORKER.decode())
 
@@ -486,7 +486,7 @@ def test_one_round_trip_before_an_answer(redis_server, api_on, models, monkeypat
     assert requests.get(api + path).status_code == 202
     assert round_trips == [2, 1]
     models.finish(0, "Done")
-    attempts_have_ended()
+    wait_for_attempts()
     assert round_trips == [2, 1, 1]
     assert requests.get(api + path).status_code == 200
     assert round_trips == [2, 1, 1, 1]
@@ -509,7 +509,7 @@ def test_redis_restarted_between_two_requests_goes_unnoticed(redis_server, api_o
 def test_redis_that_is_full_is_503_until_there_is_room(redis_server, api_on):
     api = api_on(redis_server, PREDICTION_LATENCY=0)
     redis_server.client.config_set("maxmemory", 1)
-    assert_unavailable(partial(predict, api), within=2)
+    assert_503(partial(predict, api), within=2)
     redis_server.client.config_set("maxmemory", 0)
     assert predict(api).status_code == 200
 
@@ -519,7 +519,7 @@ def test_api_that_starts_before_its_redis_recovers(redis_server, api_on, caplog)
     redis_server.kill()
     api = api_on(redis_server, PREDICTION_LATENCY=0)
     assert caplog.messages[-1].startswith(f"Redis at 127.0.0.1:{redis_server.port} is unavailable")
-    assert_unavailable(partial(predict, api), within=2)
+    assert_503(partial(predict, api), within=2)
     redis_server.start()
     assert predict(api).status_code == 200
 
@@ -533,7 +533,7 @@ def test_redis_that_does_not_accept_connections_is_503_within_2_s(api_on):
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         api = api_on(Store(listener.getsockname()[1]))
-        assert_unavailable(partial(predict, api), within=2)
+        assert_503(partial(predict, api), within=2)
 
 
 @real
@@ -553,9 +553,9 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
         (localhost, {"REDIS_PASSWORD": "sardine"}),
         (localhost, {"REDIS_USERNAME": ""}),
     ]:
-        assert_unavailable(partial(predict, api_on(where, **dict(right, **wrong))), within=2)
+        assert_503(partial(predict, api_on(where, **dict(right, **wrong))), within=2)
     monkeypatch.delenv("SSL_CERT_FILE")
-    assert_unavailable(partial(predict, api_on(localhost, **right)), within=2)
+    assert_503(partial(predict, api_on(localhost, **right)), within=2)
     assert "swordfish" not in caplog.text
 
 
@@ -785,7 +785,7 @@ def predict(api, text="Some input data", **headers):
 
 
 def accept(api, text="Some input data"):
-    """Have a prediction accepted; return its path."""
+    """Have a prediction accepted, to be made in the background; return its path."""
     response = predict(api, text, async_mode="true")
     assert response.status_code == 202
     return response.headers["Location"]
@@ -830,7 +830,7 @@ def at_once(number, function, *args):
         return [future.result() for future in [pool.submit(function, *args) for _ in range(number)]]
 
 
-def assert_unavailable(request, within):
+def assert_503(request, within):
     start = time.monotonic()
     response = request()
     assert time.monotonic() - start < within
@@ -997,7 +997,7 @@ SERVER = uvicorn.Server(
 )
 
 
-def attempts_have_ended():
+def wait_for_attempts():
     """Wait for all requests to the server in the thread and for their background tasks."""
     wait_until(lambda: not SERVER.server_state.tasks)
 
@@ -1038,7 +1038,7 @@ def api_on(server, monkeypatch):
         return url
 
     yield on
-    attempts_have_ended()
+    wait_for_attempts()
     for client in clients:
         asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(LONG)
 

@@ -187,6 +187,7 @@ async def create_prediction(
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
+    # A client that waits learns the id only at the end. If it hangs up, the attempt goes on.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -244,13 +245,13 @@ async def take_lease(redis: Redis, key: str) -> bool:
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
-    """Run the model and store its output; return the output that was stored first.
+    """Run the model, with the lease taken, and store its output; return what was stored first.
 
     Raise RedisError if it cannot be stored. A GET after the end of the lease then tries again.
     """
     try:
         return await store_output(redis, key, await run_model(key, text))
-    except asyncio.CancelledError:  # see lifespan: give up the lease, if it is still this worker's
+    except asyncio.CancelledError:  # by uvicorn: give up the lease, if it is still this worker's
         with suppress(RedisError):
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, and the value
         raise
@@ -294,7 +295,7 @@ async def mock_model(text: str) -> str:
 
         return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
 
-    Load its weights once, above this function.
+    The thread goes on after a time-out. Load the weights once, above this function.
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"

@@ -268,6 +268,8 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
+    clock = asyncio.get_running_loop().time
+    end_of_lease = clock() + settings.PREDICTION_TIMEOUT + 1
     if not await take_lease(redis, key):
         return
     record_json, output_json = await redis.mget(key, f"{key}:output")
@@ -280,8 +282,9 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         return
     record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-    # Subtle: if a freeze has cost this worker the lease meanwhile, another makes the attempt.
-    if await redis.get(f"{key}:lease") == WORKER:
+    # Subtle: a freeze or a late reply may have cost this attempt its lease, to another attempt that
+    # has counted the same; perhaps one of this worker's, hence the clock.
+    if await redis.get(f"{key}:lease") == WORKER and clock() < end_of_lease:
         await make_attempt(redis, key, record.input)
 
 

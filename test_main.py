@@ -434,7 +434,13 @@ MEANWHILE = {  # what happens just before, and just after, a worker takes the le
     "the output arrives": (lambda store, path: store.set(path, ":output", "{}"), None),
     "the prediction expires": (lambda store, path: store.client.delete(key_of(path)), None),
     "a freeze, and another has it": (None, lambda store, path: store.lease(path, "another")),
+    "a freeze, and it has it again": (None, lambda store, path: freeze_and_lease(store, path)),
 }
+
+
+def freeze_and_lease(store, path):
+    time.sleep(1.1)
+    store.lease(path, main.WORKER)
 
 
 @pytest.mark.parametrize("name", MEANWHILE)
@@ -448,6 +454,7 @@ def test_what_changes_after_the_poll_stops_the_attempt(api, store, models, monke
     take_lease = main.take_lease
     before, after = (event or (lambda store, path: None) for event in MEANWHILE[name])
     monkeypatch.setattr(main, "take_lease", slow_take_lease)
+    main.settings.PREDICTION_TIMEOUT = 0.05  # so a lease lasts 1.05 s
     path = store.leave_orphan()
     assert requests.get(api + path).status_code == 202
     wait_for_attempts()

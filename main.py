@@ -1,21 +1,20 @@
 """Mock Model API: how to put a slow model behind FastAPI.
 
-A client waits for its prediction, or has it made in the background and asks for it later. Either
-way, it is kept in Redis, a server that stores values under keys, and survives the process that
-accepted it. (For a first try, fakeredis imitates Redis in memory.) Left out on purpose:
-authentication, rate limits, a task queue. To run it on the web server uvicorn:
+A client waits for its prediction, or has it made in the background and asks for it later. Left out
+on purpose: authentication, rate limits, a task queue. To run it on the web server uvicorn:
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
-A prediction is up to three keys in Redis, here with examples of their values:
+Predictions are kept in Redis, a server that stores values under keys (without one, fakeredis
+imitates it in memory). Each has up to three keys, here with examples of their values:
 
     prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    worker-5f0c9a7e
+    prediction:1b9d...:lease    5f0c9a7e...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-The first, its record, is written when the prediction is accepted. Then a worker, that is, a process
-that runs this file, makes an attempt: it takes the lease, runs the model, and stores the output.
-The output is final, also if it says "failed", for a model that raises or takes too long.
+The worker (a process that runs this file) that accepts a prediction writes the first, its record,
+and the lease, which says that an attempt at it is being made. It then runs the model and stores the
+output, which is final, also if it says "failed", for a model that raises or takes too long.
 
 A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
 GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
@@ -141,10 +140,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn then finishes those that it has
-    # and their background tasks. It cancels them (and clients get a 500) only if its option
-    # --timeout-graceful-shutdown is set, and that time is over.
-    yield
+    yield  # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn then finishes those it has
+    # and their background tasks, unless its option --timeout-graceful-shutdown is set: after that
+    # time, it cancels them (a client that waits gets a 500).
     await app.state.redis.aclose()
 
 
@@ -180,15 +178,15 @@ async def create_prediction(
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
-    redis, prediction_id = app.state.redis, uuid4()
+    redis, prediction_id, lease = app.state.redis, uuid4(), uuid4().hex
     key = f"prediction:{prediction_id}"
-    await accept(redis, key, body.input)  # if Redis fails, answer_unavailable sends 503
+    await accept(redis, key, lease, body.input)  # if Redis fails, answer_unavailable sends 503
     if async_mode or hyphenated:
-        tasks.add_task(in_background, make_attempt, redis, key, body.input)
+        tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
     # A client that waits learns the id only at the end. If it hangs up, the attempt goes on.
-    output = await make_attempt(redis, key, body.input)
+    output = await make_attempt(redis, key, lease, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -217,8 +215,6 @@ async def read_prediction(
 # set it only if it does not exist. Of several workers that try that, one succeeds, since Redis
 # executes one command after the other. See https://redis.io/docs/latest/commands/set/
 
-WORKER = f"worker-{uuid4().hex[:8]}".encode()  # bytes, as Redis returns them
-
 # A script, which Redis executes like one command: delete a key if it has this value.
 DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
@@ -229,31 +225,31 @@ class Record(BaseModel):
     attempt: int = 1
 
 
-async def accept(redis: Redis, key: str, text: str) -> None:
-    """Store the record of a new prediction and take its lease, in one batch (see BatchingRedis)."""
-    record = Record(input=text).model_dump_json()
-    await asyncio.gather(take_lease(redis, key), redis.set(key, record, ex=settings.PREDICTION_TTL))
+async def accept(redis: Redis, key: str, lease: str, text: str) -> None:
+    """Store the record of a new prediction and take the lease, both at once."""
+    store_record = redis.set(key, Record(input=text).model_dump_json(), ex=settings.PREDICTION_TTL)
+    await asyncio.gather(take_lease(redis, key, lease), store_record)
 
 
-async def take_lease(redis: Redis, key: str) -> bool:
-    """Return whether this worker gets the lease: not if there is one already.
+async def take_lease(redis: Redis, key: str, lease: str) -> bool:
+    """Return whether the attempt with this lease may be made: not if there is another lease.
 
-    It lasts a second longer than an attempt, so that there is time to store the output.
+    A lease lasts a second longer than an attempt, so that there is time to store the output.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
+    return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
 
 
-async def make_attempt(redis: Redis, key: str, text: str) -> Output:
-    """Run the model, with the lease taken, and store its output; return what was stored first.
+async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
+    """Run the model and store its output; return the one that was stored first.
 
     Raise RedisError if it cannot be stored. A GET after the end of the lease then tries again.
     """
     try:
         return await store_output(redis, key, await run_model(key, text))
-    except asyncio.CancelledError:  # by uvicorn: give up the lease, if it is still this worker's
+    except asyncio.CancelledError:  # by uvicorn: give up the lease, unless there is another by now
         with suppress(RedisError):
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, and the value
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
 
 
@@ -268,9 +264,8 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
-    clock = asyncio.get_running_loop().time
-    end_of_lease = clock() + settings.PREDICTION_TIMEOUT + 1
-    if not await take_lease(redis, key):
+    lease = uuid4().hex
+    if not await take_lease(redis, key, lease):
         return
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
@@ -282,10 +277,9 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         return
     record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-    # Subtle: a freeze or a late reply may have cost this attempt its lease, to another attempt that
-    # has counted the same; perhaps one of this worker's, hence the clock.
-    if await redis.get(f"{key}:lease") == WORKER and clock() < end_of_lease:
-        await make_attempt(redis, key, record.input)
+    # Subtle: if this worker was frozen meanwhile, another may have the lease and count the same.
+    if await redis.get(f"{key}:lease") == lease:
+        await make_attempt(redis, key, lease, record.input)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -378,10 +372,7 @@ class BatchingRedis(Redis):
         self.waiting.append((args, options, reply))
         if self.sending is None or self.sending.done():
             self.sending = asyncio.ensure_future(self.send_batches())
-        value = await reply
-        if isinstance(value, RedisError):
-            raise value
-        return value
+        return await reply
 
     async def send_batches(self) -> None:
         while self.waiting:
@@ -393,11 +384,15 @@ class BatchingRedis(Redis):
                 values = await pipeline.execute(raise_on_error=False)
                 if any(isinstance(value, RedisError) for value in values):
                     # After a failover, this may be a replica, which refuses to write. Connect anew.
-                    await self.connection_pool.disconnect()
+                    await self.connection_pool.disconnect(inuse_connections=False)
             except BaseException as error:  # whatever it is, nobody is left waiting
                 values = [RedisError(f"{type(error).__name__}: {error}")] * len(batch)
             for (_, _, reply), value in zip(batch, values):
-                if not reply.done():  # unless its request was cancelled
+                if reply.done():  # its request was cancelled
+                    continue
+                if isinstance(value, RedisError):
+                    reply.set_exception(value)
+                else:
                     reply.set_result(value)
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
@@ -411,14 +406,15 @@ async def connect() -> Redis:
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
     if "REDIS_HOST" not in settings.model_fields_set:
         try:
-            _, writer = await asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
+            opening = asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
+            _, writer = await asyncio.wait_for(opening, timeout=1)
             writer.close()
-        except OSError:
+        except (OSError, asyncio.TimeoutError):
             logger.warning(
                 f"No Redis answers at {address}, so predictions are kept in this one process and "
                 "forgotten when it exits. Set REDIS_HOST to use a real Redis."
             )
-            return FakeAsyncRedis()
+            return FakeAsyncRedis(decode_responses=True)
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -426,9 +422,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
+        decode_responses=True,  # to str
         protocol=2,  # of Redis; with version 3, redis-py 8 does not notice a closed connection
         # Seconds. A command waits for two batches at most, the one under way and its own.
-        socket_connect_timeout=0.9,
+        socket_connect_timeout=0.8,
         socket_timeout=2,
         retry=None,  # no retries: the client is told at once
     )

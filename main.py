@@ -240,17 +240,24 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
     return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
 
 
+@asynccontextmanager
+async def giving_up_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
+    """If uvicorn cancels the attempt, give up its lease, unless there is another by now."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        with suppress(RedisError):
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
+        raise
+
+
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
     Raise RedisError if it cannot be stored. A GET after the end of the lease then tries again.
     """
-    try:
+    async with giving_up_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
-    except asyncio.CancelledError:  # by uvicorn: give up the lease, unless there is another by now
-        with suppress(RedisError):
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
-        raise
 
 
 async def store_output(redis: Redis, key: str, output: Output) -> Output:
@@ -265,21 +272,22 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
     lease = uuid4().hex
-    if not await take_lease(redis, key, lease):
-        return
-    record_json, output_json = await redis.mget(key, f"{key}:output")
-    if output_json or not record_json:
-        return
-    record = Record.model_validate_json(record_json)
-    if record.attempt >= settings.PREDICTION_ATTEMPTS:
-        logger.error("%s has used up its attempts", key)
-        await store_output(redis, key, failed_output(record.input))
-        return
-    record.attempt += 1
-    await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-    # Subtle: if this worker was frozen meanwhile, another may have the lease and count the same.
-    if await redis.get(f"{key}:lease") == lease:
-        await make_attempt(redis, key, lease, record.input)
+    async with giving_up_if_cancelled(redis, key, lease):
+        if not await take_lease(redis, key, lease):
+            return
+        record_json, output_json = await redis.mget(key, f"{key}:output")
+        if output_json or not record_json:
+            return
+        record = Record.model_validate_json(record_json)
+        if record.attempt >= settings.PREDICTION_ATTEMPTS:
+            logger.error("%s has used up its attempts", key)
+            await store_output(redis, key, failed_output(record.input))
+            return
+        record.attempt += 1
+        await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
+        # Subtle: if this worker was frozen, another may have the lease by now, and count the same.
+        if await redis.get(f"{key}:lease") == lease.encode():
+            await make_attempt(redis, key, lease, record.input)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -314,9 +322,9 @@ async def run_model(key: str, text: str) -> Output:
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):  # there is none
+    except (asyncio.InvalidStateError, asyncio.CancelledError):  # no result yet, or cancelled
         logger.exception("%s: no output in time", key)
-        task.cancel()
+        task.cancel()  # and call_model logs where the model was
         return failed_output(text)
 
 
@@ -326,7 +334,7 @@ async def call_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # SystemExit, too, which would end this worker, and cancel() above
+    except BaseException:  # also SystemExit, which would end this worker, and the cancel() above
         logger.exception("%s: the model has failed", key)
         return failed_output(text)
 
@@ -383,7 +391,7 @@ class BatchingRedis(Redis):
                     pipeline.pipeline_execute_command(*args, **options)  # adds one
                 values = await pipeline.execute(raise_on_error=False)
                 if any(isinstance(value, RedisError) for value in values):
-                    # After a failover, this may be a replica, which refuses to write. Connect anew.
+                    # Perhaps a replica's, which refuses to write, after a failover: connect anew.
                     await self.connection_pool.disconnect(inuse_connections=False)
             except BaseException as error:  # whatever it is, nobody is left waiting
                 values = [RedisError(f"{type(error).__name__}: {error}")] * len(batch)
@@ -414,7 +422,7 @@ async def connect() -> Redis:
                 f"No Redis answers at {address}, so predictions are kept in this one process and "
                 "forgotten when it exits. Set REDIS_HOST to use a real Redis."
             )
-            return FakeAsyncRedis(decode_responses=True)
+            return FakeAsyncRedis()
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -422,9 +430,9 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        decode_responses=True,  # to str
         protocol=2,  # of Redis; with version 3, redis-py 8 does not notice a closed connection
-        # Seconds. A command waits for two batches at most, the one under way and its own.
+        # Seconds. A command waits for two batches at most, the one under way and its own: for 1.6 s
+        # if Redis is out of reach, and for 4 s if it is frozen, when one can still connect.
         socket_connect_timeout=0.8,
         socket_timeout=2,
         retry=None,  # no retries: the client is told at once

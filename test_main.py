@@ -79,7 +79,7 @@ def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, m
 
 def test_first_output_is_final_when_two_attempts_race(api, store, models):
     path = accept(api)
-    store.expire_lease(path)
+    store.expire(path, ":lease")
     assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
     wait_until(lambda: len(models.inputs) == 2)
     models.finish(1, "The second attempt's")
@@ -258,12 +258,12 @@ def test_poll_of_expired_prediction_is_404(api):
 
 
 def test_every_key_expires(api, store):
-    main.settings.PREDICTION_TTL, main.settings.PREDICTION_TIMEOUT = 1000, 50
+    main.settings.PREDICTION_TTL, main.settings.PREDICTION_TIMEOUT = 1000, 500
     poll(api, accept(api))
     poll(api, store.leave_orphan())
     lives = sorted(store.client.pttl(key) / 1000 for key in store.client.scan_iter())
     assert len(lives) == 6
-    assert 50.5 < lives[0] <= lives[1] <= 51  # a lease outlasts its attempt by a second
+    assert 500.5 < lives[0] <= lives[1] <= 501  # a lease outlasts its attempt by a second
     assert 990 < lives[2] <= lives[5] <= 1000
 
 
@@ -428,30 +428,33 @@ def test_prediction_without_attempts_left_is_failed(api, store, models, caplog, 
     assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
-MEANWHILE = {  # what happens just before, and just after, a worker takes the lease
-    "another worker takes the lease": (lambda store, path: store.lease(path, "another"), None),
-    "the output arrives": (lambda store, path: store.set(path, ":output", "{}"), None),
-    "the prediction expires": (lambda store, path: store.client.delete(key_of(path)), None),
-    "a freeze, and another has it": (None, lambda store, path: store.lease(path, "another")),
+MEANWHILE = {  # what happens before or after a worker takes the lease; which attempt is counted
+    "another has it": ("before", lambda store, path: store.lease(path, "another"), 1),
+    "the output arrives": ("before", lambda store, path: store.set(path, ":output", "{}"), 1),
+    "the prediction expires": ("before", lambda store, path: store.expire(path), None),
+    "a freeze, and another has it": ("after", lambda store, path: store.lease(path, "another"), 2),
 }
 
 
 @pytest.mark.parametrize("name", MEANWHILE)
 def test_what_changes_after_the_poll_stops_the_attempt(api, store, models, monkeypatch, name):
     async def slow_take_lease(*args):
-        before(store, path)
+        if when == "before":
+            happen(store, path)
         taken = await take_lease(*args)
-        after(store, path)
+        if when == "after":
+            happen(store, path)
         return taken
 
+    when, happen, counted = MEANWHILE[name]
     take_lease = main.take_lease
-    before, after = (event or (lambda store, path: None) for event in MEANWHILE[name])
     monkeypatch.setattr(main, "take_lease", slow_take_lease)
     path = store.leave_orphan()
     assert requests.get(api + path).status_code == 202
     wait_for_attempts()
     assert models.inputs == []
     assert store.get(path, ":lease")
+    assert (store.record(path) or {}).get("attempt") == counted
 
 
 @real
@@ -894,7 +897,7 @@ class Store:
         return self.client.get(key_of(path) + suffix)
 
     def record(self, path):
-        return json.loads(self.get(path))
+        return json.loads(self.get(path) or "null")
 
     def set(self, path, suffix, value):
         self.client.set(key_of(path) + suffix, value, ex=100)
@@ -902,8 +905,8 @@ class Store:
     def lease(self, path, worker):
         self.set(path, ":lease", worker)
 
-    def expire_lease(self, path):
-        self.client.delete(key_of(path) + ":lease")
+    def expire(self, path, suffix=""):
+        self.client.delete(key_of(path) + suffix)
 
     def leave_orphan(self, attempt=1):
         """Leave what a killed worker leaves, after its lease has run out; return the path."""

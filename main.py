@@ -12,9 +12,9 @@ imitates it in memory). Each has up to three keys, here with examples of their v
     prediction:1b9d...:lease    5f0c9a7e...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-The worker (a process that runs this file) that accepts a prediction writes the first, its record,
-and the lease, which says that an attempt at it is being made. It then runs the model and stores the
-output, which is final, also if it says "failed", for a model that raises or takes too long.
+A worker, that is, a process that runs this file, accepts a prediction: it writes the first key, the
+record, and the lease, which says that an attempt is being made. Then it runs the model and stores
+the output, which is final, even if it says "failed", for a model that raised or took too long.
 
 A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
 GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
@@ -389,7 +389,7 @@ class BatchingRedis(Redis):
                 pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
                 for args, options, _ in batch:
                     pipeline.pipeline_execute_command(*args, **options)  # adds one
-                values = await pipeline.execute(raise_on_error=False)
+                values = await pipeline.execute(raise_on_error=False)  # replies or errors
                 if any(isinstance(value, RedisError) for value in values):
                     # Perhaps a replica's, which refuses to write, after a failover: connect anew.
                     await self.connection_pool.disconnect(inuse_connections=False)

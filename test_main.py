@@ -784,6 +784,7 @@ def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
     namespace = {}
     for id_ in ("find", "prepare", "start-api", "start", "end"):
         exec(code_cells()[id_], namespace)
+    namespace["folder"].cleanup()
     assert requests.get(api).status_code == 200
 
 

@@ -215,9 +215,6 @@ async def read_prediction(
 # set it only if it does not exist. Of several workers that try that, one succeeds, since Redis
 # executes one command after the other. See https://redis.io/docs/latest/commands/set/
 
-# A script, which Redis executes like one command: delete a key if it has this value.
-DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
-
 
 class Record(BaseModel):
     status: str = "processing"  # always; the output has the outcome
@@ -240,23 +237,12 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
     return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
 
 
-@asynccontextmanager
-async def giving_up_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """If uvicorn cancels the attempt, give up its lease, unless there is another by now."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        with suppress(RedisError):
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
-        raise
-
-
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
     Raise RedisError if it cannot be stored. A GET after the end of the lease then tries again.
     """
-    async with giving_up_if_cancelled(redis, key, lease):
+    async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
 
 
@@ -272,7 +258,7 @@ async def store_output(redis: Redis, key: str, output: Output) -> Output:
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
     lease = uuid4().hex
-    async with giving_up_if_cancelled(redis, key, lease):
+    async with giving_up_lease_if_cancelled(redis, key, lease):
         if not await take_lease(redis, key, lease):
             return
         record_json, output_json = await redis.mget(key, f"{key}:output")
@@ -311,6 +297,21 @@ async def mock_model(text: str) -> str:
 
 def failed_output(text: str) -> Output:
     return Output(status=Status.failed, input=text, result=None)
+
+
+# A script, which Redis executes like one command: delete a key if it has this value.
+DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
+
+
+@asynccontextmanager
+async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
+    """Delete the lease, unless there is another by now, if uvicorn cancels the attempt."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        with suppress(RedisError):
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
+        raise
 
 
 async def run_model(key: str, text: str) -> Output:

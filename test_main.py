@@ -148,8 +148,10 @@ def test_failover_is_followed(redis_server, tmp_path, api_on, monkeypatch):
         wait_until(lambda: new.get(path, ":output"))
         new.client.replicaof("NO", "ONE")
         old.client.replicaof("127.0.0.1", new.port)
-        connect_to_new = partial(connect_elsewhere, asyncio.open_connection, new.port)
-        monkeypatch.setattr(asyncio, "open_connection", connect_to_new)  # but the open one stays
+        # The name leads to the new one from now on, and the open connection stays where it is.
+        open_connection = asyncio.open_connection
+        open_new = lambda **where: open_connection(**dict(where, port=new.port))  # noqa: E731
+        monkeypatch.setattr(asyncio, "open_connection", open_new)
         wait_until(lambda: predict(api).status_code == 200)
         assert requests.get(api + path).status_code == 200
 
@@ -564,18 +566,18 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
     redis_server.client.acl_setuser(
         "api", enabled=True, passwords="+swordfish", keys="*", commands=["+@all"]
     )
-    localhost, address = Store(tls_port, host="localhost"), Store(tls_port)
-    right = {"REDIS_TLS": True, "REDIS_USERNAME": "api", "REDIS_PASSWORD": "swordfish"}
+    right = {"REDIS_HOST": "localhost", "REDIS_PORT": tls_port, "REDIS_TLS": True}
+    right.update(REDIS_USERNAME="api", REDIS_PASSWORD="swordfish")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
-    assert predict(api_on(localhost, PREDICTION_LATENCY=0, **right)).status_code == 200
-    for where, wrong in [
-        (address, {}),  # is not what the certificate is for
-        (localhost, {"REDIS_PASSWORD": "sardine"}),
-        (localhost, {"REDIS_USERNAME": ""}),
+    assert predict(api_on(redis_server, PREDICTION_LATENCY=0, **right)).status_code == 200
+    for name, wrong in [
+        ("REDIS_HOST", "127.0.0.1"),  # is not what the certificate is for
+        ("REDIS_PASSWORD", "sardine"),
+        ("REDIS_USERNAME", ""),
     ]:
-        assert_503_within(2, predict, api_on(where, **dict(right, **wrong)))
+        assert_503_within(2, predict, api_on(redis_server, **dict(right, **{name: wrong})))
     monkeypatch.delenv("SSL_CERT_FILE")
-    assert_503_within(2, predict, api_on(localhost, **right))
+    assert_503_within(2, predict, api_on(redis_server, **right))
     assert "swordfish" not in caplog.text
 
 
@@ -890,9 +892,9 @@ def free_port():
 class Store:
     """Where a Redis is, or is said to be, with words for what the tests do to it."""
 
-    def __init__(self, port, client=None, host="127.0.0.1"):
-        self.port, self.client = port, client
-        self.settings = {"REDIS_HOST": host, "REDIS_PORT": port}
+    def __init__(self, port):
+        self.port, self.settings = port, {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
+        self.client = redis.Redis(port=port, decode_responses=True)
 
     def get(self, path, suffix=""):
         return self.client.get(key_of(path) + suffix)
@@ -920,8 +922,7 @@ class RedisServer(Store):
     """A real Redis, which keeps what it holds in a folder."""
 
     def __init__(self, folder):
-        port = free_port()
-        super().__init__(port, redis.Redis(port=port, decode_responses=True))
+        super().__init__(free_port())
         folder.mkdir()
         self.folder = folder
         self.start()
@@ -974,18 +975,13 @@ def store(request, monkeypatch):
     server = fakeredis.TcpFakeServer(("127.0.0.1", 0))
     server.daemon_threads = True  # its threads do not all notice that a client is gone
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    client = fakeredis.FakeRedis(server=server.fake_server, decode_responses=True)
     embedded = partial(main.FakeAsyncRedis, server=server.fake_server)
     monkeypatch.setattr(main, "FakeAsyncRedis", embedded)
-    yield Store(server.server_address[1], client)
-    client.close()
+    store = Store(server.server_address[1])
+    yield store
+    store.client.close()
     server.shutdown()
     server.server_close()
-
-
-async def connect_elsewhere(open_connection, other_port, **options):
-    """Open a connection to another port, as when a name leads to another machine."""
-    return await open_connection(**dict(options, port=other_port))
 
 
 @pytest.fixture

@@ -395,7 +395,7 @@ class BatchingRedis(Redis):
                     # Perhaps a replica's, which refuses to write, after a failover: connect anew.
                     await self.connection_pool.disconnect(inuse_connections=False)
             except BaseException as error:  # whatever it is, nobody is left waiting
-                values = [RedisError(f"{type(error).__name__}: {error}")] * len(batch)
+                values = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
             for (_, _, reply), value in zip(batch, values):
                 if reply.done():  # its request was cancelled
                     continue

@@ -712,17 +712,6 @@ def test_bad_setting_stops_the_start(monkeypatch):
     assert "swordfish" not in str(error.value)
 
 
-def test_env_example_lists_every_setting_at_its_default(monkeypatch):
-    text = (HERE / ".env.example").read_text(encoding="utf-8")
-    assert all(line.startswith("#") for line in text.splitlines() if line)
-    lines = dict(re.findall(r"^# ([A-Z_]+)=(.*)$", text, re.MULTILINE))
-    assert list(lines) == list(main.Settings.model_fields)
-    monkeypatch.setattr(os, "environ", clean_environment())
-    defaults = main.Settings(_env_file=None)
-    monkeypatch.setattr(os, "environ", clean_environment(**lines))
-    assert main.Settings(_env_file=None) == defaults
-
-
 def test_openapi_declares_every_status_with_its_model(api):
     declared = {}
     for operations in requests.get(f"{api}/openapi.json").json()["paths"].values():
@@ -747,22 +736,6 @@ def test_openapi_declares_every_status_with_its_model(api):
         "read_prediction 422": "Invalid",
         "read_prediction 503": "Detail Retry-After",
     }
-
-
-def test_openapi_describes_parameters_and_has_an_example_that_works(api):
-    document = requests.get(f"{api}/openapi.json").json()
-    parameters = [
-        parameter
-        for operations in document["paths"].values()
-        for operation in operations.values()
-        for parameter in operation.get("parameters", [])
-    ]
-    assert [parameter["name"] for parameter in parameters] == ["async_mode", "prediction_id"]
-    assert all(parameter["description"] for parameter in parameters)
-    schema = document["components"]["schemas"]["PredictionRequest"]
-    [example] = schema["properties"]["input"]["examples"]
-    assert predict(api, example).status_code == 200
-    assert requests.get(f"{api}/docs").status_code == 200
 
 
 # --- The walkthrough --------------------------------------------------------------------------

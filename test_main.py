@@ -58,10 +58,7 @@ def test_killed_worker_loses_nothing(start_worker, api):
     doomed = start_worker(PREDICTION_LATENCY=LONG, PREDICTION_TIMEOUT=1)
     paths = [accept(doomed.url, text) for text in "abcde"]
     doomed.kill()
-    done = poll_all(api, paths)
-    assert [one["status"] for one in done] == ["completed"] * 5
-    assert [one["output"]["input"] for one in done] == list("abcde")
-    assert poll_all(api, paths) == done
+    assert completed(api, paths) == list("abcde")
 
 
 def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, models):
@@ -101,12 +98,11 @@ def test_worker_told_to_stop_finishes_first(start_worker, api, store):
 @real
 def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis_server):
     hasty = start_worker(GRACE, PREDICTION_LATENCY=500, PREDICTION_TIMEOUT=600)
-    paths = [accept(hasty.url) for _ in range(5)]
+    paths = [accept(hasty.url, text) for text in "abcde"]
     redis_server.lease(paths[0], "another worker")
     hasty.stop()
     assert [redis_server.get(path, ":lease") for path in paths] == ["another worker"] + [None] * 4
-    api = api_on(redis_server, PREDICTION_LATENCY=0)
-    assert [one["status"] for one in poll_all(api, paths[1:])] == ["completed"] * 4
+    assert completed(api_on(redis_server, PREDICTION_LATENCY=0), paths[1:]) == list("bcde")
 
 
 @real
@@ -120,9 +116,7 @@ def test_redis_killed_and_back_loses_nothing(redis_server, api_on, caplog):
     wait_until(lambda: caplog.text.count("an attempt is lost") == 5)  # to be made again
     assert re.search(f"Redis is unavailable: .*127.0.0.1:{redis_server.port}", caplog.text)
     redis_server.start()
-    done = poll_all(api, paths)
-    assert [one["status"] for one in done] == ["completed"] * 5
-    assert [one["output"]["input"] for one in done] == list("abcde")
+    assert completed(api, paths) == list("abcde")
 
 
 @real
@@ -139,19 +133,15 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
 
 @real
 def test_failover_is_followed(redis_server, tmp_path, api_on, monkeypatch):
-    old = redis_server
+    old, api = redis_server, api_on(redis_server, PREDICTION_LATENCY=0)
     with RedisServer(tmp_path / "new") as new:
-        api = api_on(old, PREDICTION_LATENCY=0)
         new.client.replicaof("127.0.0.1", old.port)
         path = accept(api)
         poll(api, path)
         wait_until(lambda: new.get(path, ":output"))
         new.client.replicaof("NO", "ONE")
         old.client.replicaof("127.0.0.1", new.port)
-        # The name leads to the new one from now on, and the open connection stays where it is.
-        open_connection = asyncio.open_connection
-        open_new = lambda **where: open_connection(**dict(where, port=new.port))  # noqa: E731
-        monkeypatch.setattr(asyncio, "open_connection", open_new)
+        monkeypatch.setattr(asyncio, "open_connection", open_connection_to(new))
         wait_until(lambda: predict(api).status_code == 200)
         assert requests.get(api + path).status_code == 200
 
@@ -806,10 +796,12 @@ def poll(api, path):
     return wait_until(ready)
 
 
-def poll_all(api, paths):
-    """Poll each in turn until all are ready; return the predictions."""
+def completed(api, paths):
+    """Poll each in turn until all are completed; return their inputs."""
     wait_until(lambda: {requests.get(api + path).status_code for path in paths} == {200})
-    return [poll(api, path) for path in paths]
+    predictions = [poll(api, path) for path in paths]
+    assert {prediction["status"] for prediction in predictions} == {"completed"}
+    return [prediction["output"]["input"] for prediction in predictions]
 
 
 def wait_until(condition, seconds=LONG):
@@ -840,6 +832,12 @@ def assert_503_within(seconds, request, *args):
     assert time.monotonic() - start < seconds
     assert (response.status_code, response.json()) == (503, UNAVAILABLE)
     assert response.headers["Retry-After"] == "1"
+
+
+def open_connection_to(store):
+    """Return a substitute for asyncio's function, as if the name led to another machine now."""
+    open_connection = asyncio.open_connection
+    return lambda **options: open_connection(**dict(options, port=store.port))
 
 
 def key_of(path):

@@ -14,7 +14,7 @@ imitates it in memory). Each has up to three keys, here with examples of their v
 
 A worker, that is, a process that runs this file, accepts a prediction: it writes the first key, the
 record, and the lease, which says that an attempt is being made. Then it runs the model and stores
-the output, which is final, even if it says "failed", for a model that raised or took too long.
+the output, which is final, even if it says "failed" because the model raised or took too long.
 
 A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
 GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
@@ -229,9 +229,9 @@ async def accept(redis: Redis, key: str, lease: str, text: str) -> None:
 
 
 async def take_lease(redis: Redis, key: str, lease: str) -> bool:
-    """Return whether the attempt with this lease may be made: not if there is another lease.
+    """Take the lease, unless there is one already; return whether that worked.
 
-    A lease lasts a second longer than an attempt, so that there is time to store the output.
+    It lasts a second longer than an attempt, so that there is time to store the output.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
@@ -305,7 +305,7 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 @asynccontextmanager
 async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """Delete the lease, unless there is another by now, if uvicorn cancels the attempt."""
+    """If uvicorn cancels the attempt, delete its lease, unless there is another by now."""
     try:
         yield
     except asyncio.CancelledError:
@@ -319,7 +319,7 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():  # after a freeze, a result that is there may be noticed second
+    if not task.done():  # if this worker was frozen, a result may follow the time-out
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()

@@ -12,9 +12,9 @@ imitates it in memory). Each has up to three keys, here with examples of their v
     prediction:1b9d...:lease    5f0c9a7e...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker, that is, a process that runs this file, accepts a prediction: it writes the first key, the
-record, and the lease, which says that an attempt is being made. Then it runs the model and stores
-the output, which is final, even if it says "failed" because the model raised or took too long.
+A worker, that is, a process that runs this file, accepts a prediction: it writes the record (the
+first key) and the lease, which says that an attempt is being made. It then runs the model and
+stores the output, which is final, even if it says "failed": the model raised, or took too long.
 
 A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
 GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
@@ -117,7 +117,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# FastAPI sends that if the body comes in chunks, and otherwise a plain text:
+# FastAPI sends this JSON if the body comes in chunks, and plain text otherwise:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
@@ -153,7 +153,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; no limit before FastAPI 0.164, Python 3.11
+app.router.max_body_size = 1_000_000  # bytes; without FastAPI 0.164 and Python 3.11, no limit
 
 
 @app.get("/")
@@ -223,7 +223,7 @@ class Record(BaseModel):
 
 
 async def accept(redis: Redis, key: str, lease: str, text: str) -> None:
-    """Store the record of a new prediction and take the lease, both at once."""
+    """Store a new prediction's record and take its lease, in one round trip to Redis."""
     store_record = redis.set(key, Record(input=text).model_dump_json(), ex=settings.PREDICTION_TTL)
     await asyncio.gather(take_lease(redis, key, lease), store_record)
 
@@ -271,7 +271,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen, another may have the lease by now, and count the same.
+        # Subtle: if this worker was frozen, another may have the lease, and be at this attempt.
         if await redis.get(f"{key}:lease") == lease.encode():
             await make_attempt(redis, key, lease, record.input)
 
@@ -319,11 +319,11 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():  # if this worker was frozen, a result may follow the time-out
+    if not task.done():  # after a freeze, the time-out may be noticed before a result that is there
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):  # no result yet, or cancelled
+    except (asyncio.InvalidStateError, asyncio.CancelledError):  # no result, or cancelled by itself
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return failed_output(text)
@@ -335,7 +335,7 @@ async def call_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # also SystemExit, which would end this worker, and the cancel() above
+    except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
         logger.exception("%s: the model has failed", key)
         return failed_output(text)
 
@@ -431,7 +431,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value() or None,
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; with version 3, redis-py 8 does not notice a closed connection
+        protocol=2,  # its version; with 3, redis-py 8 does not notice a closed connection
         # Seconds. A command waits for two batches at most, the one under way and its own: for 1.6 s
         # if Redis is out of reach, and for 4 s if it is frozen, when one can still connect.
         socket_connect_timeout=0.8,

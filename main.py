@@ -6,19 +6,19 @@ on purpose: authentication, rate limits, a task queue. To run it on the web serv
     pip install -r requirements.txt && uvicorn main:app --reload
 
 Predictions are kept in Redis, a server that stores values under keys (without one, fakeredis
-imitates it in memory). Each has up to three keys, here with examples of their values:
+imitates it in memory). Each has up to three keys, shown with examples of their values:
 
     prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
     prediction:1b9d...:lease    5f0c9a7e...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker, that is, a process that runs this file, accepts a prediction: it writes the record (the
-first key) and the lease, which says that an attempt is being made. It then runs the model and
+A worker (a process that runs this file) accepts a prediction: it writes the record, which is the
+first key, and the lease, which says that an attempt is being made. Then it runs the model and
 stores the output, which is final, even if it says "failed": the model raised, or took too long.
 
-A worker that is killed leaves a record, no output, and a lease, which runs out by itself. The next
-GET after that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the
-model may run more than once for a prediction.
+If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
+that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model may run
+more than once for a prediction.
 """
 
 import asyncio
@@ -178,9 +178,9 @@ async def create_prediction(
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
-    redis, prediction_id, lease = app.state.redis, uuid4(), uuid4().hex
+    redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    await accept(redis, key, lease, body.input)  # if Redis fails, answer_unavailable sends 503
+    lease = await accept(redis, key, body.input)  # if Redis fails, answer_unavailable sends 503
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
@@ -222,10 +222,12 @@ class Record(BaseModel):
     attempt: int = 1
 
 
-async def accept(redis: Redis, key: str, lease: str, text: str) -> None:
-    """Store a new prediction's record and take its lease, in one round trip to Redis."""
-    store_record = redis.set(key, Record(input=text).model_dump_json(), ex=settings.PREDICTION_TTL)
+async def accept(redis: Redis, key: str, text: str) -> str:
+    """Store a new prediction's record and take its lease, in one round trip; return the lease."""
+    lease, record = uuid4().hex, Record(input=text).model_dump_json()
+    store_record = redis.set(key, record, ex=settings.PREDICTION_TTL)
     await asyncio.gather(take_lease(redis, key, lease), store_record)
+    return lease
 
 
 async def take_lease(redis: Redis, key: str, lease: str) -> bool:
@@ -267,7 +269,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         record = Record.model_validate_json(record_json)
         if record.attempt >= settings.PREDICTION_ATTEMPTS:
             logger.error("%s has used up its attempts", key)
-            await store_output(redis, key, failed_output(record.input))
+            failed = Output(status=Status.failed, input=record.input, result=None)
+            await store_output(redis, key, failed)
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
@@ -293,10 +296,6 @@ async def mock_model(text: str) -> str:
 
 
 # --- The machine room, where you may stop reading: how to cope with the model, clients and Redis -
-
-
-def failed_output(text: str) -> Output:
-    return Output(status=Status.failed, input=text, result=None)
 
 
 # A script, which Redis executes like one command: delete a key if it has this value.
@@ -326,7 +325,7 @@ async def run_model(key: str, text: str) -> Output:
     except (asyncio.InvalidStateError, asyncio.CancelledError):  # no result, or cancelled by itself
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
-        return failed_output(text)
+        return Output(status=Status.failed, input=text, result=None)
 
 
 async def call_model(key: str, text: str) -> Output:
@@ -337,7 +336,7 @@ async def call_model(key: str, text: str) -> Output:
         return Output(status=Status.completed, input=text, result=result)
     except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
         logger.exception("%s: the model has failed", key)
-        return failed_output(text)
+        return Output(status=Status.failed, input=text, result=None)
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -364,49 +363,46 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    Commands that come while a batch is under way go out in the next. That takes half the time of
-    redis-py's pool of connections. And no pool (8, 32 and 100 were tried) could both serve 2,000
+    Those that come while a batch is under way go out in the next. That takes half the time of
+    redis-py's pool of connections, and no pool (8, 32 and 100 were tried) could both serve 2,000
     POSTs at once and tell 2,000 clients within 5 s that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.waiting: List[Any] = []
-        self.sending: Any = None  # the task that sends batches, if there are any
+        self.batch = self.pipeline(transaction=False)  # a list of commands, the next to be sent
+        self.replies: Any = None  # the task that sends it, and returns the replies
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
-        reply = asyncio.get_running_loop().create_future()
-        self.waiting.append((args, options, reply))
-        if self.sending is None or self.sending.done():
-            self.sending = asyncio.ensure_future(self.send_batches())
-        return await reply
+        index = len(self.batch)
+        self.batch.pipeline_execute_command(*args, **options)  # appends it
+        if index == 0:
+            self.replies = asyncio.ensure_future(self.send_batch(self.replies))
+        replies = await asyncio.shield(self.replies)  # which goes on if this request is cancelled
+        if isinstance(replies[index], RedisError):
+            raise replies[index]
+        return replies[index]
 
-    async def send_batches(self) -> None:
-        while self.waiting:
-            batch, self.waiting = self.waiting, []
-            try:
-                pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
-                for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # adds one
-                values = await pipeline.execute(raise_on_error=False)  # replies or errors
-                if any(isinstance(value, RedisError) for value in values):
-                    # Perhaps a replica's, which refuses to write, after a failover: connect anew.
-                    await self.connection_pool.disconnect(inuse_connections=False)
-            except BaseException as error:  # whatever it is, nobody is left waiting
-                values = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
-            for (_, _, reply), value in zip(batch, values):
-                if reply.done():  # its request was cancelled
-                    continue
-                if isinstance(value, RedisError):
-                    reply.set_exception(value)
-                else:
-                    reply.set_result(value)
+    async def send_batch(self, previous: Any) -> List[Any]:
+        """Wait for the batch before, then send this one; return a reply or an error for each."""
+        if previous:
+            await asyncio.wait({previous})
+        batch, self.batch = self.batch, self.pipeline(transaction=False)
+        size = len(batch)
+        try:
+            replies: List[Any] = await batch.execute(raise_on_error=False)
+        except BaseException as error:  # whatever it is, the clients get a 503
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
+        if any(isinstance(reply, RedisError) for reply in replies):
+            # Perhaps a replica's, which refuses to write, after a failover: connect anew.
+            await self.connection_pool.disconnect(inuse_connections=False)
+        return replies
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # attempts that were cancelled are giving up their leases
-            await self.sending
+        if self.replies:  # attempts that were cancelled are giving up their leases
+            await self.replies
         await super().aclose(close_connection_pool)
 
 

@@ -371,13 +371,13 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch = self.pipeline(transaction=False)  # a list of commands, the next to be sent
+        self.batch: List[Any] = []  # the commands of the next batch
         self.replies: Any = None  # the task that sends it, and returns the replies
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
         index = len(self.batch)
-        self.batch.pipeline_execute_command(*args, **options)  # appends it
+        self.batch.append((args, options))
         if index == 0:
             self.replies = asyncio.ensure_future(self.send_batch(self.replies))
         replies = await asyncio.shield(self.replies)  # which goes on if this request is cancelled
@@ -389,15 +389,17 @@ class BatchingRedis(Redis):
         """Wait for the batch before, then send this one; return a reply or an error for each."""
         if previous:
             await asyncio.wait({previous})
-        batch, self.batch = self.batch, self.pipeline(transaction=False)
-        size = len(batch)
+        batch, self.batch = self.batch, []
         try:
-            replies: List[Any] = await batch.execute(raise_on_error=False)
+            pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
+            for args, options in batch:
+                pipeline.pipeline_execute_command(*args, **options)  # adds one
+            replies: List[Any] = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, the clients get a 503
-            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
         if any(isinstance(reply, RedisError) for reply in replies):
             # Perhaps a replica's, which refuses to write, after a failover: connect anew.
-            await self.connection_pool.disconnect(inuse_connections=False)
+            await self.connection_pool.disconnect()
         return replies
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:

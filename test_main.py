@@ -504,6 +504,7 @@ def test_one_round_trip_before_an_answer(redis_server, api_on, models, monkeypat
     assert round_trips == [2, 1, 1]
     assert requests.get(api + path).status_code == 200
     assert round_trips == [2, 1, 1, 1]
+    assert "cmdstat_multi" not in redis_server.client.info("commandstats")
 
 
 # --- Redis that misbehaves --------------------------------------------------------------------

@@ -96,6 +96,9 @@ class Message(BaseModel):
     message: str
 
 
+# --- What the docs page, /docs, says of each status but 200. You may skip this. ----------------
+
+
 class Detail(BaseModel):
     detail: str
 
@@ -104,9 +107,6 @@ class Invalid(BaseModel):
     detail: List[Dict[str, Any]] = Field(
         examples=[[{"loc": ["body", "input"], "msg": "Field required", "type": "missing"}]]
     )
-
-
-# --- What the docs page, /docs, says of each status but 200. You may skip this. ----------------
 
 
 def answer(detail: str, **more: Any) -> Dict[str, Any]:

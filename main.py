@@ -9,12 +9,12 @@ Predictions are kept in Redis, a server that stores values under keys (without o
 imitates it in memory). Each has up to three keys, shown with examples of their values:
 
     prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    5f0c9a7e...
+    prediction:1b9d...:lease    5f0c9a7e... (a random name of the attempt that is being made)
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process that runs this file) accepts a prediction: it writes the record, which is the
-first key, and the lease, which says that an attempt is being made. Then it runs the model and
-stores the output, which is final, even if it says "failed": the model raised, or took too long.
+A worker (a process that runs this file) accepts a prediction by writing the first two, its record
+and its lease. Then it runs the model and stores the output, which is final, even if it says
+"failed": the model raised, or took too long.
 
 If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
 that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model may run
@@ -140,9 +140,10 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn then finishes those it has
-    # and their background tasks, unless its option --timeout-graceful-shutdown is set: after that
-    # time, it cancels them (a client that waits gets a 500).
+    # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn first finishes those it has, and
+    # their background tasks. If its option --timeout-graceful-shutdown is set, it cancels them
+    # after that time (a client that waits gets a 500).
+    yield
     await app.state.redis.aclose()
 
 
@@ -153,7 +154,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; without FastAPI 0.164 and Python 3.11, no limit
+app.router.max_body_size = 1_000_000  # bytes; FastAPI before 0.164 ignores this
 
 
 @app.get("/")
@@ -225,8 +226,9 @@ class Record(BaseModel):
 async def accept(redis: Redis, key: str, text: str) -> str:
     """Store a new prediction's record and take its lease, in one round trip; return the lease."""
     lease, record = uuid4().hex, Record(input=text).model_dump_json()
-    store_record = redis.set(key, record, ex=settings.PREDICTION_TTL)
-    await asyncio.gather(take_lease(redis, key, lease), store_record)
+    await asyncio.gather(  # BatchingRedis sends both together
+        take_lease(redis, key, lease), redis.set(key, record, ex=settings.PREDICTION_TTL)
+    )
     return lease
 
 
@@ -274,9 +276,10 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen, another may have the lease, and be at this attempt.
-        if await redis.get(f"{key}:lease") == lease.encode():
-            await make_attempt(redis, key, lease, record.input)
+        # Subtle: if this worker was frozen for so long that its lease ran out, another worker may
+        # have read the same record, and be making the attempt of this number.
+        if await redis.get(f"{key}:lease") == lease.encode():  # replies are bytes
+            await store_output(redis, key, await run_model(key, record.input))
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -318,11 +321,11 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():  # after a freeze, the time-out may be noticed before a result that is there
+    if not task.done():  # if this worker was frozen, a result may be due as well: take that
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):  # no result, or cancelled by itself
+    except (asyncio.InvalidStateError, asyncio.CancelledError):  # not done; cancelled by the model
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -372,15 +375,15 @@ class BatchingRedis(Redis):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.batch: List[Any] = []  # the commands of the next batch
-        self.replies: Any = None  # the task that sends it, and returns the replies
+        self.sending: Any = None  # the task that sends it, and returns a list of replies
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
         index = len(self.batch)
         self.batch.append((args, options))
-        if index == 0:
-            self.replies = asyncio.ensure_future(self.send_batch(self.replies))
-        replies = await asyncio.shield(self.replies)  # which goes on if this request is cancelled
+        if index == 0:  # the first of a batch starts its task, which waits for the one before
+            self.sending = asyncio.ensure_future(self.send_batch(self.sending))
+        replies = await asyncio.shield(self.sending)  # which goes on if this request is cancelled
         if isinstance(replies[index], RedisError):
             raise replies[index]
         return replies[index]
@@ -403,15 +406,15 @@ class BatchingRedis(Redis):
         return replies
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.replies:  # attempts that were cancelled are giving up their leases
-            await self.replies
+        if self.sending:  # attempts that were cancelled are giving up their leases
+            await self.sending
         await super().aclose(close_connection_pool)
 
 
 async def connect() -> Redis:
     """Return a client of Redis, or an imitation if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    if "REDIS_HOST" not in settings.model_fields_set:
+    if "REDIS_HOST" not in settings.model_fields_set:  # neither in the environment nor in .env
         try:
             opening = asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
             _, writer = await asyncio.wait_for(opening, timeout=1)
@@ -425,15 +428,14 @@ async def connect() -> Redis:
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
-        username=settings.REDIS_USERNAME or None,
-        password=settings.REDIS_PASSWORD.get_secret_value() or None,
+        username=settings.REDIS_USERNAME,
+        password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # its version; with 3, redis-py 8 does not notice a closed connection
-        # Seconds. A command waits for two batches at most, the one under way and its own: for 1.6 s
-        # if Redis is out of reach, and for 4 s if it is frozen, when one can still connect.
-        socket_connect_timeout=0.8,
-        socket_timeout=2,
+        protocol=2,  # version of Redis's protocol; with 3, redis-py 8 misses closed connections
+        # A command waits for two batches at most, the one under way and its own. So, in seconds:
+        socket_connect_timeout=0.8,  # 1.6 if Redis is out of reach
+        socket_timeout=2,  # 4 if it is frozen: its machine still accepts connections
         retry=None,  # no retries: the client is told at once
     )
     try:

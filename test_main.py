@@ -897,6 +897,7 @@ class RedisServer(Store):
 
     def start(self, *options):
         options = ("--port", self.port, "--save", "", "--appendonly", "yes", *options)
+        options += ("--appendfsync", "no")  # the default may put off a write that a kill then loses
         options += ("--repl-diskless-sync-delay", 0)  # for the replica of a failover
         command = ["redis-server", *map(str, options)]
         self.process = subprocess.Popen(command, cwd=str(self.folder), stdout=subprocess.DEVNULL)

@@ -374,36 +374,38 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # the commands of the next batch
-        self.sending: Any = None  # the task that sends it, and returns a list of replies
+        self.batch: List[Any] = []  # the next batch: commands, and for each a future reply
+        self.sending: Any = None  # the task that sends it
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
-        index = len(self.batch)
-        self.batch.append((args, options))
-        if index == 0:  # the first of a batch starts its task, which waits for the one before
+        future = asyncio.get_running_loop().create_future()
+        self.batch.append((args, options, future))
+        if len(self.batch) == 1:  # it starts the batch's task, which waits for the one before
             self.sending = asyncio.ensure_future(self.send_batch(self.sending))
-        replies = await asyncio.shield(self.sending)  # which goes on if this request is cancelled
-        if isinstance(replies[index], RedisError):
-            raise replies[index]
-        return replies[index]
+        reply = await future
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
 
-    async def send_batch(self, previous: Any) -> List[Any]:
-        """Wait for the batch before, then send this one; return a reply or an error for each."""
+    async def send_batch(self, previous: Any) -> None:
+        """Wait for the batch before, then send this one; hand out a reply or an error for each."""
         if previous:
             await asyncio.wait({previous})
         batch, self.batch = self.batch, []
         try:
             pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
-            for args, options in batch:
+            for args, options, _ in batch:
                 pipeline.pipeline_execute_command(*args, **options)  # adds one
             replies: List[Any] = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, the clients get a 503
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
+        for (_, _, future), reply in zip(batch, replies):
+            if not future.done():  # unless its request was cancelled
+                future.set_result(reply)
         if any(isinstance(reply, RedisError) for reply in replies):
             # Perhaps a replica's, which refuses to write, after a failover: connect anew.
             await self.connection_pool.disconnect()
-        return replies
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
         if self.sending:  # attempts that were cancelled are giving up their leases

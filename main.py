@@ -409,7 +409,7 @@ class BatchingRedis(Redis):
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
         if self.sending:  # attempts that were cancelled are giving up their leases
-            await self.sending
+            await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
 

@@ -381,7 +381,7 @@ class BatchingRedis(Redis):
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # it starts the batch's task, which waits for the one before
+        if len(self.batch) == 1:  # the first starts a task, which waits for the batch before
             self.sending = asyncio.ensure_future(self.send_batch(self.sending))
         reply = await future
         if isinstance(reply, RedisError):

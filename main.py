@@ -17,8 +17,8 @@ and its lease. Then it runs the model and stores the output, which is final, eve
 "failed": the model raised, or took too long.
 
 If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
-that, at any worker, starts another attempt, up to PREDICTION_ATTEMPTS in all. So the model may run
-more than once for a prediction.
+that, at any worker, starts another attempt, so the model may run more than once for a prediction.
+After PREDICTION_ATTEMPTS of them, "failed" is stored instead.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds, of the mock model
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds, of an attempt
     PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds until a key is deleted
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds that it can be read
 
 
 settings = Settings()
@@ -141,7 +141,7 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn first finishes those it has, and
-    # their background tasks. If its option --timeout-graceful-shutdown is set, it cancels them
+    # their background tasks. Only if its option --timeout-graceful-shutdown is set, it cancels them
     # after that time (a client that waits gets a 500).
     yield
     await app.state.redis.aclose()
@@ -154,7 +154,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; FastAPI before 0.164 ignores this
+app.router.max_body_size = 1_000_000  # bytes; FastAPI for Python 3.10 and older ignores this
 
 
 @app.get("/")
@@ -244,7 +244,7 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    Raise RedisError if it cannot be stored. A GET after the end of the lease then tries again.
+    Raise RedisError if it cannot be stored: then it is as if the worker had been killed.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -276,8 +276,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen for so long that its lease ran out, another worker may
-        # have read the same record, and be making the attempt of this number.
+        # Subtle: if this worker was frozen until its lease ran out, another may be making the same
+        # attempt. So run the model only if the lease is still this worker's.
         if await redis.get(f"{key}:lease") == lease.encode():  # replies are bytes
             await store_output(redis, key, await run_model(key, record.input))
 
@@ -307,10 +307,10 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 @asynccontextmanager
 async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """If uvicorn cancels the attempt, delete its lease, unless there is another by now."""
+    """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
     try:
         yield
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # the model goes on, in vain, until the worker has exited
         with suppress(RedisError):
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
@@ -321,11 +321,13 @@ async def run_model(key: str, text: str) -> Output:
     task = asyncio.ensure_future(call_model(key, text))
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():  # if this worker was frozen, a result may be due as well: take that
+    if not task.done():
+        # If this worker was frozen, time-out and result are due at once: let the result come first.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):  # not done; cancelled by the model
+    except (asyncio.InvalidStateError, asyncio.CancelledError):
+        # Not done; or the model cancelled its own task, and returned.
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -367,8 +369,8 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     Those that come while a batch is under way go out in the next. That takes half the time of
-    redis-py's pool of connections, and no pool (8, 32 and 100 were tried) could both serve 2,000
-    POSTs at once and tell 2,000 clients within 5 s that Redis was frozen.
+    redis-py's pool of connections. No pool (8, 32 and 100 were tried) could do both: serve 2,000
+    POSTs at once, and tell 2,000 clients within 5 s that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -381,7 +383,7 @@ class BatchingRedis(Redis):
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # the first starts a task, which waits for the batch before
+        if len(self.batch) == 1:  # the first of a batch starts the task that will send it
             self.sending = asyncio.ensure_future(self.send_batch(self.sending))
         reply = await future
         if isinstance(reply, RedisError):
@@ -391,7 +393,7 @@ class BatchingRedis(Redis):
     async def send_batch(self, previous: Any) -> None:
         """Wait for the batch before, then send this one; hand out a reply or an error for each."""
         if previous:
-            await asyncio.wait({previous})
+            await asyncio.wait({previous})  # meanwhile, others join this batch
         batch, self.batch = self.batch, []
         try:
             pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
@@ -404,11 +406,11 @@ class BatchingRedis(Redis):
             if not future.done():  # unless its request was cancelled
                 future.set_result(reply)
         if any(isinstance(reply, RedisError) for reply in replies):
-            # Perhaps a replica's, which refuses to write, after a failover: connect anew.
+            # Perhaps this is a replica now, after a failover, and refuses to write: connect anew.
             await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # attempts that were cancelled are giving up their leases
+        if self.sending:  # perhaps what deletes the leases of cancelled attempts
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
@@ -434,10 +436,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # version of Redis's protocol; with 3, redis-py 8 misses closed connections
-        # A command waits for two batches at most, the one under way and its own. So, in seconds:
-        socket_connect_timeout=0.8,  # 1.6 if Redis is out of reach
-        socket_timeout=2,  # 4 if it is frozen: its machine still accepts connections
+        protocol=2,  # of Redis; with 3, its default, redis-py 8 does not notice a closed connection
+        # Seconds for a batch. A command may wait for two, the one under way and its own:
+        socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
+        socket_timeout=2,  # if it is frozen, but its machine accepts connections, 4 s in all
         retry=None,  # no retries: the client is told at once
     )
     try:

@@ -1141,10 +1141,11 @@ def steps():
         if id_ == "lease":
             yield "pause", PAUSE
         yield id_, source
-    yield "after the end", "requests.get(API_URL)"
+    yield "after the end", "import gc; gc.disable(); requests.get(API_URL)"
     for time_ in ("second", "third"):
         for id_ in list(cells)[: list(cells).index("lost")]:
             yield f"{id_}, for the {time_} time", cells[id_]
+    yield "nothing started is garbage", "gc.collect(); time.sleep(0.2); requests.get(API_URL)"
 
 
 RAISES = ("interrupt start", "interrupt in-a-row", "after the end")

@@ -288,11 +288,14 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    A model that computes or blocks has to run in a thread, or all other requests wait for it:
+    A model that computes or blocks has to run in a thread, or all other requests wait for it. Make
+    threads of its own, and load its weights, once, above this function:
 
-        return await asyncio.get_running_loop().run_in_executor(None, my_model, text)
+        threads = concurrent.futures.ThreadPoolExecutor(4)
 
-    The thread goes on after a time-out. Load the weights once, above this function.
+        return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
+
+    A thread goes on after a time-out.
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"

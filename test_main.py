@@ -404,17 +404,8 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
     assert store.record(path) == {"status": "processing", "input": "orphan", "attempt": 2}
 
 
-def test_prediction_with_a_lease_is_not_taken_over(api, store, models):
-    path = store.leave_orphan()
-    store.lease(path, "another worker")
-    assert requests.get(api + path).status_code == 202
-    wait_for_attempts()
-    assert models.inputs == []
-
-
-@pytest.mark.parametrize("attempts", [1, 3])
-def test_prediction_without_attempts_left_is_failed(api, store, models, caplog, attempts):
-    main.settings.PREDICTION_ATTEMPTS = attempts
+def test_prediction_without_attempts_left_is_failed(api, store, models, caplog):
+    main.settings.PREDICTION_ATTEMPTS = 1
     path = store.leave_orphan(attempt=3)
     done = poll(api, path)
     assert done["output"] == {"status": "failed", "input": "orphan", "result": None}
@@ -431,7 +422,9 @@ MEANWHILE = {  # what happens before or after a worker takes the lease; which at
 
 
 @pytest.mark.parametrize("name", MEANWHILE)
-def test_what_changes_after_the_poll_stops_the_attempt(api, store, models, monkeypatch, name):
+def test_what_changes_after_the_poll_stops_the_attempt(
+    api, store, models, monkeypatch, caplog, name
+):
     async def slow_take_lease(*args):
         if when == "before":
             happen(store, path)
@@ -449,6 +442,7 @@ def test_what_changes_after_the_poll_stops_the_attempt(api, store, models, monke
     assert models.inputs == []
     assert store.get(path, ":lease")
     assert (store.record(path) or {}).get("attempt") == counted
+    assert "Traceback" not in caplog.text
 
 
 @real
@@ -462,6 +456,7 @@ def test_attempt_cut_short_while_it_begins_gives_up_its_lease(redis_server, monk
             await asyncio.sleep(0.01)
         attempt.cancel()
         await asyncio.wait({attempt})
+        assert attempt.cancelled()
 
     monkeypatch.setattr(main.BatchingRedis, "mget", hang)
     path = redis_server.leave_orphan()
@@ -640,7 +635,7 @@ def test_client_that_is_closed_sends_first_what_is_waiting(redis_server):
     assert with_client(redis_server.port, run) == [True] * 1_000
 
 
-@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError, redis.TimeoutError])
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
 def test_whatever_fails_in_a_batch_nobody_is_left_waiting(store, monkeypatch, error):
     async def fails(*args, **kwargs):
         raise error("as when a connection was reset")

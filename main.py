@@ -154,7 +154,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; FastAPI for Python 3.10 and older ignores this
+app.router.max_body_size = 1_000_000  # bytes; on Python 3.10 and older, FastAPI has no such limit
 
 
 @app.get("/")
@@ -277,7 +277,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
         # Subtle: if this worker was frozen until its lease ran out, another may be making the same
-        # attempt. So run the model only if the lease is still this worker's.
+        # attempt. So look last whether the lease is still this worker's, and then run the model.
         if await redis.get(f"{key}:lease") == lease.encode():  # replies are bytes
             await store_output(redis, key, await run_model(key, record.input))
 
@@ -288,14 +288,14 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    A model that computes or blocks has to run in a thread, or all other requests wait for it. Make
-    threads of its own, and load its weights, once, above this function:
+    A model that computes or blocks has to run in a thread, or all other requests wait for it. Load
+    its weights, and make threads of its own, above this function:
 
         threads = concurrent.futures.ThreadPoolExecutor(4)
 
-        return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
+    Then write, in this function (after a time-out, the thread goes on):
 
-    A thread goes on after a time-out.
+        return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
@@ -313,8 +313,8 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
     """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
     try:
         yield
-    except asyncio.CancelledError:  # the model goes on, in vain, until the worker has exited
-        with suppress(RedisError):
+    except asyncio.CancelledError:  # the model is not cancelled, but ends with this worker
+        with suppress(RedisError):  # fakeredis has no scripts, and nobody to give a lease to
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
 
@@ -330,7 +330,7 @@ async def run_model(key: str, text: str) -> Output:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # Not done; or the model cancelled its own task, and returned.
+        # Not done; or the model cancelled its task at its very end, too late for call_model.
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -371,9 +371,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    Those that come while a batch is under way go out in the next. That takes half the time of
-    redis-py's pool of connections. No pool (8, 32 and 100 were tried) could do both: serve 2,000
-    POSTs at once, and tell 2,000 clients within 5 s that Redis was frozen.
+    Those that come while a batch is under way go out in the next. So it can serve 2,000 POSTs at
+    once, and tell 2,000 clients within 5 s that Redis is frozen. No pool of redis-py's did both
+    (8, 32 and 100 connections were tried), and a pool takes twice the time.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -386,7 +386,7 @@ class BatchingRedis(Redis):
         """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # the first of a batch starts the task that will send it
+        if len(self.batch) == 1:  # the first starts a task, which waits for the batch before
             self.sending = asyncio.ensure_future(self.send_batch(self.sending))
         reply = await future
         if isinstance(reply, RedisError):
@@ -399,7 +399,7 @@ class BatchingRedis(Redis):
             await asyncio.wait({previous})  # meanwhile, others join this batch
         batch, self.batch = self.batch, []
         try:
-            pipeline = self.pipeline(transaction=False)  # redis-py's list of commands to send
+            pipeline = self.pipeline(transaction=False)  # collects commands, and sends them itself
             for args, options, _ in batch:
                 pipeline.pipeline_execute_command(*args, **options)  # adds one
             replies: List[Any] = await pipeline.execute(raise_on_error=False)

@@ -656,14 +656,15 @@ def test_whatever_fails_in_a_batch_nobody_is_left_waiting(store, monkeypatch, er
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, monkeypatch, encoding):
-    text = "PREDICTION_LATENCY=0.1\nPREDICTION_TTL=50\nSOMETHING=else\nREDIS_USERNAME=Zoë\n"
+    text = "REDIS_USERNAME=Zoë\nPREDICTION_TTL=50\nSOMETHING=else\n"
     (tmp_path / ".env").write_text(text, encoding=encoding)
     shutil.copy(str(HERE / "main.py"), str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)  # it is found beside main.py, not where one happens to be
     monkeypatch.setattr(os, "environ", clean_environment(PREDICTION_TTL=60))
     settings = runpy.run_path(str(tmp_path / "main.py"))["settings"]
-    assert (settings.PREDICTION_LATENCY, settings.PREDICTION_TTL) == (0.1, 60)
-    assert (settings.REDIS_USERNAME, settings.REDIS_PORT) == ("Zoë", 6379)
+    assert (settings.REDIS_USERNAME, settings.PREDICTION_TTL) == ("Zoë", 60)
+    assert (settings.REDIS_PORT, settings.PREDICTION_ATTEMPTS) == (6379, 3)
+    assert (settings.PREDICTION_LATENCY, settings.PREDICTION_TIMEOUT) == (2, 10)
 
 
 BAD_SETTINGS = {

@@ -154,7 +154,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; on Python 3.10 and older, FastAPI has no such limit
+app.router.max_body_size = 1_000_000  # bytes; Python 3.10 gets an older FastAPI, without a limit
 
 
 @app.get("/")
@@ -244,7 +244,8 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    Raise RedisError if it cannot be stored: then it is as if the worker had been killed.
+    Raise RedisError if it cannot be stored: a client that waits gets a 503, and a GET after the end
+    of the lease starts another attempt.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -313,7 +314,7 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
     """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
     try:
         yield
-    except asyncio.CancelledError:  # the model is not cancelled, but ends with this worker
+    except asyncio.CancelledError:  # the model goes on, and ends with this worker
         with suppress(RedisError):  # fakeredis has no scripts, and nobody to give a lease to
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
@@ -325,12 +326,12 @@ async def run_model(key: str, text: str) -> Output:
     # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():
-        # If this worker was frozen, time-out and result are due at once: let the result come first.
+        # After a freeze, time-out and result are both overdue: let the result come first.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # Not done; or the model cancelled its task at its very end, too late for call_model.
+        # Not done; or the model called asyncio.current_task().cancel(), and returned.
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -409,7 +410,8 @@ class BatchingRedis(Redis):
             if not future.done():  # unless its request was cancelled
                 future.set_result(reply)
         if any(isinstance(reply, RedisError) for reply in replies):
-            # Perhaps this is a replica now, after a failover, and refuses to write: connect anew.
+            # After a failover, this may be a replica, which refuses to write. So connect anew: the
+            # name in REDIS_HOST leads to the new primary by then.
             await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:

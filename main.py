@@ -18,7 +18,7 @@ and its lease. Then it runs the model and stores the output, which is final, eve
 
 If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
 that, at any worker, starts another attempt, so the model may run more than once for a prediction.
-After PREDICTION_ATTEMPTS of them, "failed" is stored instead.
+After PREDICTION_ATTEMPTS attempts in all, it stores "failed" instead.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds, of the mock model
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds, of an attempt
     PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds that it can be read
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds to keep a prediction
 
 
 settings = Settings()
@@ -141,8 +141,8 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn first finishes those it has, and
-    # their background tasks. Only if its option --timeout-graceful-shutdown is set, it cancels them
-    # after that time (a client that waits gets a 500).
+    # their background tasks. It has no limit for that unless --timeout-graceful-shutdown is set:
+    # then it cancels them after that time (a client that waits gets a 500).
     yield
     await app.state.redis.aclose()
 
@@ -175,7 +175,7 @@ async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,  # run in this worker, once the answer has been sent
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same header for clients behind a proxy such as nginx, which drops names with "_".
+    # Also accepted as Async-Mode, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
@@ -266,8 +266,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     async with giving_up_lease_if_cancelled(redis, key, lease):
         if not await take_lease(redis, key, lease):
             return
-        record_json, output_json = await redis.mget(key, f"{key}:output")
-        if output_json or not record_json:
+        record_json, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+        if holder != lease.encode() or output_json or not record_json:  # replies are bytes
             return
         record = Record.model_validate_json(record_json)
         if record.attempt >= settings.PREDICTION_ATTEMPTS:
@@ -277,9 +277,9 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen until its lease ran out, another may be making the same
-        # attempt. So look last whether the lease is still this worker's, and then run the model.
-        if await redis.get(f"{key}:lease") == lease.encode():  # replies are bytes
+        # Subtle: if this worker was frozen here until its lease ran out, another may be making the
+        # same attempt. So look last whether the lease is still this worker's.
+        if await redis.get(f"{key}:lease") == lease.encode():
             await store_output(redis, key, await run_model(key, record.input))
 
 
@@ -314,7 +314,7 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
     """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
     try:
         yield
-    except asyncio.CancelledError:  # the model goes on, and ends with this worker
+    except asyncio.CancelledError:  # asyncio.wait has left the model running
         with suppress(RedisError):  # fakeredis has no scripts, and nobody to give a lease to
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
@@ -410,8 +410,8 @@ class BatchingRedis(Redis):
             if not future.done():  # unless its request was cancelled
                 future.set_result(reply)
         if any(isinstance(reply, RedisError) for reply in replies):
-            # After a failover, this may be a replica, which refuses to write. So connect anew: the
-            # name in REDIS_HOST leads to the new primary by then.
+            # After a failover, this may be a replica, which refuses to write. So connect anew:
+            # whoever runs Redis has to let the name in REDIS_HOST lead to the new primary.
             await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
@@ -423,17 +423,13 @@ class BatchingRedis(Redis):
 async def connect() -> Redis:
     """Return a client of Redis, or an imitation if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    if "REDIS_HOST" not in settings.model_fields_set:  # neither in the environment nor in .env
-        try:
-            opening = asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
-            _, writer = await asyncio.wait_for(opening, timeout=1)
-            writer.close()
-        except (OSError, asyncio.TimeoutError):
-            logger.warning(
-                f"No Redis answers at {address}, so predictions are kept in this one process and "
-                "forgotten when it exits. Set REDIS_HOST to use a real Redis."
-            )
-            return FakeAsyncRedis()
+    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or in .env
+    if not is_set and not await accepts_connections(settings.REDIS_HOST, settings.REDIS_PORT):
+        logger.warning(
+            f"No Redis answers at {address}, so predictions are kept in this one process and "
+            "forgotten when it exits. Set REDIS_HOST to use a real Redis."
+        )
+        return FakeAsyncRedis()
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -453,3 +449,13 @@ async def connect() -> Redis:
     except RedisError as error:
         logger.error("Redis at %s is unavailable, so requests get 503: %s", address, error)
     return redis
+
+
+async def accepts_connections(host: str, port: int) -> bool:
+    try:
+        opening = asyncio.open_connection(host, port)
+        _, writer = await asyncio.wait_for(opening, timeout=1)
+        writer.close()
+        return True
+    except (OSError, asyncio.TimeoutError):
+        return False

@@ -413,11 +413,17 @@ def test_prediction_without_attempts_left_is_failed(api, store, models, caplog):
     assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
-MEANWHILE = {  # what happens before or after a worker takes the lease; which attempt is counted
+def make_last_attempt(store, path):
+    store.lease(path, "another")
+    store.set(path, "", main.Record(input="orphan", attempt=3).model_dump_json())
+
+
+MEANWHILE = {  # what happens before or after a worker takes the lease, or later; attempts counted
     "another has it": ("before", lambda store, path: store.lease(path, "another"), 1),
     "the output arrives": ("before", lambda store, path: store.set(path, ":output", "{}"), 1),
     "the prediction expires": ("before", lambda store, path: store.expire(path), None),
-    "a freeze, and another has it": ("after", lambda store, path: store.lease(path, "another"), 2),
+    "a freeze, and another makes the last": ("after", make_last_attempt, 3),
+    "a later freeze": ("later", lambda store, path: store.lease(path, "another"), 2),
 }
 
 
@@ -433,15 +439,24 @@ def test_what_changes_after_the_poll_stops_the_attempt(
             happen(store, path)
         return taken
 
+    async def slow_mget(*keys):
+        record, lease, output = await mget(*keys)
+        if when == "later" and lease:  # not the poll's, which finds none
+            happen(store, path)
+        return record, lease, output
+
     when, happen, counted = MEANWHILE[name]
     take_lease = main.take_lease
     monkeypatch.setattr(main, "take_lease", slow_take_lease)
+    mget = main.app.state.redis.mget
+    monkeypatch.setattr(main.app.state.redis, "mget", slow_mget)
     path = store.leave_orphan()
     assert requests.get(api + path).status_code == 202
     wait_for_attempts()
     assert models.inputs == []
     assert store.get(path, ":lease")
     assert (store.record(path) or {}).get("attempt") == counted
+    assert store.get(path, ":output") in (None, "{}")
     assert "Traceback" not in caplog.text
 
 

@@ -12,9 +12,9 @@ imitates it in memory). Each has up to three keys, shown with examples of their 
     prediction:1b9d...:lease    5f0c9a7e... (a random name of the attempt that is being made)
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process that runs this file) accepts a prediction by writing the first two, its record
-and its lease. Then it runs the model and stores the output, which is final, even if it says
-"failed": the model raised, or took too long.
+A worker (a process that runs this file; uvicorn --workers 4 starts four) accepts a prediction by
+writing the first two, its record and its lease. Then it runs the model and stores the output, which
+is final, even if it says "failed": the model raised, or took too long.
 
 If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
 that, at any worker, starts another attempt, so the model may run more than once for a prediction.
@@ -267,6 +267,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         if not await take_lease(redis, key, lease):
             return
         record_json, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+        # Subtle: if this worker was frozen until its lease ran out, another may have it now.
         if holder != lease.encode() or output_json or not record_json:  # replies are bytes
             return
         record = Record.model_validate_json(record_json)
@@ -277,9 +278,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen here until its lease ran out, another may be making the
-        # same attempt. So look last whether the lease is still this worker's.
-        if await redis.get(f"{key}:lease") == lease.encode():
+        if await redis.get(f"{key}:lease") == lease.encode():  # or it was frozen since
             await store_output(redis, key, await run_model(key, record.input))
 
 
@@ -314,7 +313,7 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
     """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
     try:
         yield
-    except asyncio.CancelledError:  # asyncio.wait has left the model running
+    except asyncio.CancelledError:  # run_model has left the model running
         with suppress(RedisError):  # fakeredis has no scripts, and nobody to give a lease to
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
         raise
@@ -331,7 +330,7 @@ async def run_model(key: str, text: str) -> Output:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # Not done; or the model called asyncio.current_task().cancel(), and returned.
+        # Not done; or asyncio cancelled the task after its end, as the model had asked it to.
         logger.exception("%s: no output in time", key)
         task.cancel()  # and call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -374,7 +373,7 @@ class BatchingRedis(Redis):
 
     Those that come while a batch is under way go out in the next. So it can serve 2,000 POSTs at
     once, and tell 2,000 clients within 5 s that Redis is frozen. No pool of redis-py's did both
-    (8, 32 and 100 connections were tried), and a pool takes twice the time.
+    (8, 32 and 100 connections were tried), and with one, a request takes twice the time.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -415,7 +414,7 @@ class BatchingRedis(Redis):
             await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # perhaps what deletes the leases of cancelled attempts
+        if self.sending:  # it may be about to delete the leases of cancelled attempts
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
@@ -437,7 +436,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; with 3, its default, redis-py 8 does not notice a closed connection
+        protocol=2,  # with 3, its default, redis-py 8 does not notice a closed connection
         # Seconds for a batch. A command may wait for two, the one under way and its own:
         socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
         socket_timeout=2,  # if it is frozen, but its machine accepts connections, 4 s in all

@@ -1,24 +1,22 @@
 """Mock Model API: how to put a slow model behind FastAPI.
 
-A client waits for its prediction, or has it made in the background and asks for it later. Left out
-on purpose: authentication, rate limits, a task queue. To run it on the web server uvicorn:
-
     pip install -r requirements.txt && uvicorn main:app --reload
 
-Predictions are kept in Redis, a server that stores values under keys (without one, fakeredis
-imitates it in memory). Each has up to three keys, shown with examples of their values:
+A client waits for its prediction, or has it made in the background and asks for it later. Left out
+on purpose: authentication, rate limits, a task queue.
+
+Predictions are kept in Redis, a server that stores values under keys; without one, fakeredis
+imitates it in memory. Each has up to three keys:
 
     prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    5f0c9a7e... (a random name of the attempt that is being made)
+    prediction:1b9d...:lease    5f0c9a7e... (a random name for the attempt that is being made)
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process that runs this file; uvicorn --workers 4 starts four) accepts a prediction by
-writing the first two, its record and its lease. Then it runs the model and stores the output, which
-is final, even if it says "failed": the model raised, or took too long.
+A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
+Then it runs the model and stores the output, which is final, even if it says "failed".
 
-If the worker is killed, there is no output, and the lease runs out by itself. The next GET after
-that, at any worker, starts another attempt, so the model may run more than once for a prediction.
-After PREDICTION_ATTEMPTS attempts in all, it stores "failed" instead.
+If the worker is killed, the lease runs out by itself, and the next GET, at any worker, starts
+another attempt. After PREDICTION_ATTEMPTS of them, the output says "failed".
 """
 
 import asyncio
@@ -38,16 +36,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's own, not only for errors
+logger = logging.getLogger("uvicorn.error")  # uvicorn's own, errors or not
 
-# --- Settings: from the environment, or from .env beside this file, or the defaults below ------
+# --- Settings: from the environment, else from .env beside this file, else these defaults -----
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=pathlib.Path(__file__).with_name(".env"),
         env_file_encoding="utf-8-sig",  # with or without a byte order mark
-        extra="ignore",  # whatever else .env holds
+        extra="ignore",
     )
 
     REDIS_HOST: str = Field(default="localhost", min_length=1)
@@ -55,10 +53,10 @@ class Settings(BaseSettings):
     REDIS_USERNAME: str = ""
     REDIS_PASSWORD: SecretStr = SecretStr("")
     REDIS_TLS: bool = False
-    PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds, of the mock model
+    PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds, of mock_model
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds, of an attempt
     PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds to keep a prediction
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds, of a prediction
 
 
 settings = Settings()
@@ -96,7 +94,7 @@ class Message(BaseModel):
     message: str
 
 
-# --- What the docs page, /docs, says of each status but 200. You may skip this. ----------------
+# --- What the docs page, /docs, says of answers other than 200. You may skip this. -------------
 
 
 class Detail(BaseModel):
@@ -117,7 +115,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# FastAPI sends this JSON if the body comes in chunks, and plain text otherwise:
+# JSON is sent if the body comes in chunks, plain text otherwise:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
@@ -140,10 +138,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    # Serve requests until told to stop (Ctrl+C, SIGTERM). uvicorn first finishes those it has, and
-    # their background tasks. It has no limit for that unless --timeout-graceful-shutdown is set:
-    # then it cancels them after that time (a client that waits gets a 500).
-    yield
+    yield  # serve requests
+    # Told to stop (Ctrl+C, SIGTERM), uvicorn has first finished all requests and background tasks,
+    # or cancelled them after the seconds of its --timeout-graceful-shutdown, if that is set.
     await app.state.redis.aclose()
 
 
@@ -154,7 +151,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; Python 3.10 gets an older FastAPI, without a limit
+app.router.max_body_size = 1_000_000  # bytes, where FastAPI is new enough to have a limit
 
 
 @app.get("/")
@@ -173,20 +170,19 @@ async def read_favicon() -> Message:
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
-    tasks: BackgroundTasks,  # run in this worker, once the answer has been sent
+    tasks: BackgroundTasks,  # run here, once the answer is sent
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # Also accepted as Async-Mode, since proxies such as nginx drop names with "_".
+    # The same once more, since proxies such as nginx drop names with "_":
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    lease = await accept(redis, key, body.input)  # if Redis fails, answer_unavailable sends 503
+    lease = await accept(redis, key, body.input)  # a RedisError is answered with 503
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # A client that waits learns the id only at the end. If it hangs up, the attempt goes on.
     output = await make_attempt(redis, key, lease, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -212,13 +208,13 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# redis.set() takes ex or px, the seconds or milliseconds until Redis deletes the key, and nx=True:
-# set it only if it does not exist. Of several workers that try that, one succeeds, since Redis
-# executes one command after the other. See https://redis.io/docs/latest/commands/set/
+# redis.set() takes ex or px, the seconds or milliseconds until the key is deleted, and nx=True: set
+# it only if it does not exist, so that one worker of many succeeds. Replies are bytes.
+# See https://redis.io/docs/latest/commands/set/
 
 
 class Record(BaseModel):
-    status: str = "processing"  # always; the output has the outcome
+    status: str = "processing"  # always
     input: str
     attempt: int = 1
 
@@ -233,9 +229,9 @@ async def accept(redis: Redis, key: str, text: str) -> str:
 
 
 async def take_lease(redis: Redis, key: str, lease: str) -> bool:
-    """Take the lease, unless there is one already; return whether that worked.
+    """Take the lease, unless there is one; return whether that worked.
 
-    It lasts a second longer than an attempt, so that there is time to store the output.
+    It lasts a second longer than an attempt may, which is time to store the output.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
@@ -244,8 +240,7 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    Raise RedisError if it cannot be stored: a client that waits gets a 503, and a GET after the end
-    of the lease starts another attempt.
+    Raise RedisError if it cannot be stored; a GET after the end of the lease tries again.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -267,8 +262,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         if not await take_lease(redis, key, lease):
             return
         record_json, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
-        # Subtle: if this worker was frozen until its lease ran out, another may have it now.
-        if holder != lease.encode() or output_json or not record_json:  # replies are bytes
+        # Subtle: if this worker was frozen until its lease ran out, another may have taken it.
+        if holder != lease.encode() or output_json or not record_json:
             return
         record = Record.model_validate_json(record_json)
         if record.attempt >= settings.PREDICTION_ATTEMPTS:
@@ -278,7 +273,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
             return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        if await redis.get(f"{key}:lease") == lease.encode():  # or it was frozen since
+        if await redis.get(f"{key}:lease") == lease.encode():  # not frozen since
             await store_output(redis, key, await run_model(key, record.input))
 
 
@@ -288,12 +283,12 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
-    A model that computes or blocks has to run in a thread, or all other requests wait for it. Load
-    its weights, and make threads of its own, above this function:
+    A model that blocks has to run in a thread, or all requests wait for it. Above this function,
+    load its weights and make threads for it alone:
 
         threads = concurrent.futures.ThreadPoolExecutor(4)
 
-    Then write, in this function (after a time-out, the thread goes on):
+    In this function, let one of them run it (it goes on after a time-out):
 
         return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
     """
@@ -301,38 +296,37 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- The machine room, where you may stop reading: how to cope with the model, clients and Redis -
+# --- The machine room: what copes with faults. You may stop reading here. ---------------------
 
-
-# A script, which Redis executes like one command: delete a key if it has this value.
+# A script, which Redis runs as one command: delete a key if it has this value.
 DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
 
 @asynccontextmanager
 async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """If uvicorn cancels the attempt, delete its lease, but not one that was taken since."""
+    """If the attempt is cancelled, delete its lease, unless another attempt has it by now."""
     try:
         yield
-    except asyncio.CancelledError:  # run_model has left the model running
-        with suppress(RedisError):  # fakeredis has no scripts, and nobody to give a lease to
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, and the value
+    except asyncio.CancelledError:
+        with suppress(RedisError):  # Redis is away, or fakeredis, which has no scripts
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key
         raise
 
 
 async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.ensure_future(call_model(key, text))
-    # Not asyncio.wait_for, which would go on waiting for a model that ignores its cancellation.
+    # Unlike wait_for(), wait() does not wait for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():
-        # After a freeze, time-out and result are both overdue: let the result come first.
+        # After a freeze of this worker, the result may be due as well: let it come first.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # Not done; or asyncio cancelled the task after its end, as the model had asked it to.
+        # The task is not done, or was cancelled.
         logger.exception("%s: no output in time", key)
-        task.cancel()  # and call_model logs where the model was
+        task.cancel()  # call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
 
 
@@ -342,13 +336,13 @@ async def call_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
+    except BaseException:  # also SystemExit, which would end this worker
         logger.exception("%s: the model has failed", key)
         return Output(status=Status.failed, input=text, result=None)
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
-    """Make an attempt after the answer has been sent, when an error can only be logged."""
+    """Make an attempt after the answer was sent, when an error can only be logged."""
     try:
         await attempt(*args)
     except RedisError as error:
@@ -363,7 +357,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input. FastAPI would repeat it, and fail if it is NaN, which is not JSON."""
+    """Leave out the input, which FastAPI would repeat; it fails at NaN, which is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -371,22 +365,21 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    Those that come while a batch is under way go out in the next. So it can serve 2,000 POSTs at
-    once, and tell 2,000 clients within 5 s that Redis is frozen. No pool of redis-py's did both
-    (8, 32 and 100 connections were tried), and with one, a request takes twice the time.
+    With redis-py's pool of connections, a request takes twice the time, and no pool (8, 32 and 100
+    were tried) both served 2,000 POSTs at once and told 2,000 clients of a frozen Redis within 5 s.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # the next batch: commands, and for each a future reply
-        self.sending: Any = None  # the task that sends it
+        self.batch: List[Any] = []  # to be sent next: commands, and a future reply for each
+        self.sending: Any = None  # the task that will send it
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Execute a command for redis-py's methods: set(), mget() and all the others call this."""
+        """Execute a command. set(), mget() and all other methods call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # the first starts a task, which waits for the batch before
+        if len(self.batch) == 1:  # the first of a batch starts its task
             self.sending = asyncio.ensure_future(self.send_batch(self.sending))
         reply = await future
         if isinstance(reply, RedisError):
@@ -394,35 +387,35 @@ class BatchingRedis(Redis):
         return reply
 
     async def send_batch(self, previous: Any) -> None:
-        """Wait for the batch before, then send this one; hand out a reply or an error for each."""
+        """Wait for the previous batch, send this one, and hand out a reply or an error for each."""
         if previous:
-            await asyncio.wait({previous})  # meanwhile, others join this batch
+            await asyncio.wait({previous})  # meanwhile, more commands join this one
         batch, self.batch = self.batch, []
         try:
-            pipeline = self.pipeline(transaction=False)  # collects commands, and sends them itself
+            pipeline = self.pipeline(transaction=False)  # sends all at once
             for args, options, _ in batch:
-                pipeline.pipeline_execute_command(*args, **options)  # adds one
+                pipeline.pipeline_execute_command(*args, **options)
             replies: List[Any] = await pipeline.execute(raise_on_error=False)
-        except BaseException as error:  # whatever it is, the clients get a 503
+        except BaseException as error:  # whatever it is, answer 503
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
         for (_, _, future), reply in zip(batch, replies):
-            if not future.done():  # unless its request was cancelled
+            if not future.done():  # its request was not cancelled
                 future.set_result(reply)
         if any(isinstance(reply, RedisError) for reply in replies):
-            # After a failover, this may be a replica, which refuses to write. So connect anew:
-            # whoever runs Redis has to let the name in REDIS_HOST lead to the new primary.
+            # After a failover, this may be a replica, which refuses writes. The next batch connects
+            # anew, to wherever the name in REDIS_HOST leads by then.
             await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # it may be about to delete the leases of cancelled attempts
+        if self.sending:  # cancelled attempts may be giving up their leases
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
 
 async def connect() -> Redis:
-    """Return a client of Redis, or an imitation if REDIS_HOST is not set and nothing answers."""
+    """Return a client of Redis, or of fakeredis if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or in .env
+    is_set = "REDIS_HOST" in settings.model_fields_set
     if not is_set and not await accepts_connections(settings.REDIS_HOST, settings.REDIS_PORT):
         logger.warning(
             f"No Redis answers at {address}, so predictions are kept in this one process and "
@@ -436,11 +429,11 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with 3, its default, redis-py 8 does not notice a closed connection
-        # Seconds for a batch. A command may wait for two, the one under way and its own:
-        socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
-        socket_timeout=2,  # if it is frozen, but its machine accepts connections, 4 s in all
-        retry=None,  # no retries: the client is told at once
+        protocol=2,  # by default, redis-py 8 does not notice a closed connection
+        # Seconds. A command may wait for two batches, the one under way and its own:
+        socket_connect_timeout=0.8,  # 503 within 2 s if Redis is away
+        socket_timeout=2,  # 503 within 5 s if it is frozen
+        retry=None,  # redis-py 8 would retry ten times
     )
     try:
         await redis.ping()

@@ -2,8 +2,8 @@
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
-A client waits for its prediction, or has it made in the background and asks for it later. Left out
-on purpose: authentication, rate limits, a task queue.
+A client can wait for its prediction, or let it be made in the background and ask for it later. Left
+out on purpose: authentication, rate limits, a task queue.
 
 Predictions are kept in Redis, a server that stores values under keys; without one, fakeredis
 imitates it in memory. Each has up to three keys:
@@ -15,8 +15,9 @@ imitates it in memory. Each has up to three keys:
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
 Then it runs the model and stores the output, which is final, even if it says "failed".
 
-If the worker is killed, the lease runs out by itself, and the next GET, at any worker, starts
-another attempt. After PREDICTION_ATTEMPTS of them, the output says "failed".
+If the worker is killed, there is no output, and the lease runs out by itself. The next GET of that
+prediction, at any worker, starts another attempt, so the model may run more than once. When
+PREDICTION_ATTEMPTS attempts have been made, the GET has "failed" stored instead.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's own, errors or not
+logger = logging.getLogger("uvicorn.error")  # where uvicorn logs everything, not only errors
 
 # --- Settings: from the environment, else from .env beside this file, else these defaults -----
 
@@ -115,7 +116,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# JSON is sent if the body comes in chunks, plain text otherwise:
+# FastAPI sends it by itself: as JSON if the body comes in chunks, and else as plain text.
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
@@ -138,9 +139,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # serve requests
-    # Told to stop (Ctrl+C, SIGTERM), uvicorn has first finished all requests and background tasks,
-    # or cancelled them after the seconds of its --timeout-graceful-shutdown, if that is set.
+    yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
+    # By now, uvicorn has finished all requests and background tasks. If it was started with
+    # --timeout-graceful-shutdown, it has cancelled those that took longer: waiting clients get 500.
     await app.state.redis.aclose()
 
 
@@ -172,13 +173,13 @@ async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,  # run here, once the answer is sent
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same once more, since proxies such as nginx drop names with "_":
+    # The same header by another name, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    lease = await accept(redis, key, body.input)  # a RedisError is answered with 503
+    lease = await accept(redis, key, body.input)  # a RedisError becomes a 503, see below
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
@@ -223,7 +224,8 @@ async def accept(redis: Redis, key: str, text: str) -> str:
     """Store a new prediction's record and take its lease, in one round trip; return the lease."""
     lease, record = uuid4().hex, Record(input=text).model_dump_json()
     await asyncio.gather(  # BatchingRedis sends both together
-        take_lease(redis, key, lease), redis.set(key, record, ex=settings.PREDICTION_TTL)
+        take_lease(redis, key, lease),  # always works: the key is new
+        redis.set(key, record, ex=settings.PREDICTION_TTL),
     )
     return lease
 
@@ -240,7 +242,8 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    Raise RedisError if it cannot be stored; a GET after the end of the lease tries again.
+    Raise RedisError if it cannot be stored: a client that waits gets a 503. For one that polls, a
+    GET after the end of the lease starts another attempt.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -260,21 +263,22 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     lease = uuid4().hex
     async with giving_up_lease_if_cancelled(redis, key, lease):
         if not await take_lease(redis, key, lease):
-            return
-        record_json, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
-        # Subtle: if this worker was frozen until its lease ran out, another may have taken it.
-        if holder != lease.encode() or output_json or not record_json:
-            return
+            return  # another worker was faster
+        record_json, output_json = await redis.mget(key, f"{key}:output")
+        if output_json or not record_json:
+            return  # it is finished by now, or has expired
         record = Record.model_validate_json(record_json)
-        if record.attempt >= settings.PREDICTION_ATTEMPTS:
-            logger.error("%s has used up its attempts", key)
-            failed = Output(status=Status.failed, input=record.input, result=None)
-            await store_output(redis, key, failed)
-            return
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        if await redis.get(f"{key}:lease") == lease.encode():  # not frozen since
-            await store_output(redis, key, await run_model(key, record.input))
+        # Subtle: if this worker was frozen until its lease ran out, another may have taken it.
+        if await redis.get(f"{key}:lease") != lease.encode():
+            return
+        if record.attempt > settings.PREDICTION_ATTEMPTS:
+            logger.error("%s has used up its attempts", key)
+            output = Output(status=Status.failed, input=record.input, result=None)
+        else:
+            output = await run_model(key, record.input)
+        await store_output(redis, key, output)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -288,7 +292,7 @@ async def mock_model(text: str) -> str:
 
         threads = concurrent.futures.ThreadPoolExecutor(4)
 
-    In this function, let one of them run it (it goes on after a time-out):
+    In this function, let one of them run the model (after a time-out, that thread goes on):
 
         return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
     """
@@ -304,11 +308,11 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 @asynccontextmanager
 async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """If the attempt is cancelled, delete its lease, unless another attempt has it by now."""
+    """If uvicorn cancels the attempt, delete its lease, unless another attempt has it by now."""
     try:
         yield
     except asyncio.CancelledError:
-        with suppress(RedisError):  # Redis is away, or fakeredis, which has no scripts
+        with suppress(RedisError):  # then it runs out by itself (fakeredis has no scripts)
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key
         raise
 
@@ -316,15 +320,15 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
 async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.ensure_future(call_model(key, text))
-    # Unlike wait_for(), wait() does not wait for a model that ignores its cancellation.
+    # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():
-        # After a freeze of this worker, the result may be due as well: let it come first.
+        # After a freeze of this worker, there may be a result that is not noticed yet.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # The task is not done, or was cancelled.
+        # It is not done, or the model has cancelled its own task.
         logger.exception("%s: no output in time", key)
         task.cancel()  # call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -336,7 +340,7 @@ async def call_model(key: str, text: str) -> Output:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # also SystemExit, which would end this worker
+    except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
         logger.exception("%s: the model has failed", key)
         return Output(status=Status.failed, input=text, result=None)
 
@@ -357,7 +361,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input, which FastAPI would repeat; it fails at NaN, which is not JSON."""
+    """Leave out the input. FastAPI would repeat it, and fail if it is NaN, which is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
@@ -365,49 +369,50 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    With redis-py's pool of connections, a request takes twice the time, and no pool (8, 32 and 100
-    were tried) both served 2,000 POSTs at once and told 2,000 clients of a frozen Redis within 5 s.
+    While a batch is under way, commands are collected for the next. With redis-py's pools of
+    connections, a request takes twice the time; and those tried (of 8, 32 and 100) could not serve
+    2,000 POSTs at once, or not tell 2,000 clients within 5 s that Redis is frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # to be sent next: commands, and a future reply for each
-        self.sending: Any = None  # the task that will send it
+        self.batch: List[Any] = []  # the next: commands, and for each a future that gets the reply
+        self.sending: Any = None  # the task that sends it
+        self.one_at_a_time = asyncio.Lock()
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Execute a command. set(), mget() and all other methods call this."""
+        """Execute a command. redis-py's methods, such as set() and mget(), all call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # the first of a batch starts its task
-            self.sending = asyncio.ensure_future(self.send_batch(self.sending))
-        reply = await future
-        if isinstance(reply, RedisError):
-            raise reply
-        return reply
+        if len(self.batch) == 1:  # the first command of a batch starts the task that sends it
+            self.sending = asyncio.ensure_future(self.send_batch())
+        return await future
 
-    async def send_batch(self, previous: Any) -> None:
-        """Wait for the previous batch, send this one, and hand out a reply or an error for each."""
-        if previous:
-            await asyncio.wait({previous})  # meanwhile, more commands join this one
-        batch, self.batch = self.batch, []
-        try:
-            pipeline = self.pipeline(transaction=False)  # sends all at once
-            for args, options, _ in batch:
-                pipeline.pipeline_execute_command(*args, **options)
-            replies: List[Any] = await pipeline.execute(raise_on_error=False)
-        except BaseException as error:  # whatever it is, answer 503
-            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
-        for (_, _, future), reply in zip(batch, replies):
-            if not future.done():  # its request was not cancelled
-                future.set_result(reply)
-        if any(isinstance(reply, RedisError) for reply in replies):
-            # After a failover, this may be a replica, which refuses writes. The next batch connects
-            # anew, to wherever the name in REDIS_HOST leads by then.
-            await self.connection_pool.disconnect()
+    async def send_batch(self) -> None:
+        async with self.one_at_a_time:  # until it is free, more commands join the batch
+            batch, self.batch = self.batch, []
+            try:
+                pipeline = self.pipeline(transaction=False)
+                for args, options, _ in batch:
+                    pipeline.pipeline_execute_command(*args, **options)  # collects it
+                replies: List[Any] = await pipeline.execute(raise_on_error=False)  # sends all
+            except BaseException as error:  # whatever it is, nobody is left waiting
+                replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
+            for (_, _, future), reply in zip(batch, replies):
+                if future.done():  # its request was cancelled
+                    continue
+                if isinstance(reply, RedisError):
+                    future.set_exception(reply)
+                else:
+                    future.set_result(reply)
+            if any(isinstance(reply, RedisError) for reply in replies):
+                # After a failover, the connection may lead to a replica, which refuses writes. The
+                # next batch connects anew, to wherever the name in REDIS_HOST leads by then.
+                await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # cancelled attempts may be giving up their leases
+        if self.sending:  # attempts that were cancelled give up their leases in it
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
@@ -415,7 +420,7 @@ class BatchingRedis(Redis):
 async def connect() -> Redis:
     """Return a client of Redis, or of fakeredis if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    is_set = "REDIS_HOST" in settings.model_fields_set
+    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or in .env
     if not is_set and not await accepts_connections(settings.REDIS_HOST, settings.REDIS_PORT):
         logger.warning(
             f"No Redis answers at {address}, so predictions are kept in this one process and "
@@ -429,10 +434,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # by default, redis-py 8 does not notice a closed connection
-        # Seconds. A command may wait for two batches, the one under way and its own:
-        socket_connect_timeout=0.8,  # 503 within 2 s if Redis is away
-        socket_timeout=2,  # 503 within 5 s if it is frozen
+        protocol=2,  # Redis speaks 2 and 3. With 3, redis-py 8 overlooks a closed connection.
+        # Seconds for a batch. A command may wait for two, the one under way and its own:
+        socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
+        socket_timeout=2,  # if it is frozen, 4 s in all
         retry=None,  # redis-py 8 would retry ten times
     )
     try:

@@ -16,8 +16,8 @@ A worker, a process that runs this file, accepts a prediction by writing its rec
 Then it runs the model and stores the output, which is final, even if it says "failed".
 
 If the worker is killed, there is no output, and the lease runs out by itself. The next GET of that
-prediction, at any worker, starts another attempt, so the model may run more than once. When
-PREDICTION_ATTEMPTS attempts have been made, the GET has "failed" stored instead.
+prediction, at any worker, starts another attempt, so the model may run more than once. Once
+PREDICTION_ATTEMPTS attempts have been made, it stores "failed" instead.
 """
 
 import asyncio
@@ -95,7 +95,7 @@ class Message(BaseModel):
     message: str
 
 
-# --- What the docs page, /docs, says of answers other than 200. You may skip this. -------------
+# --- What the docs page, /docs, says about answers other than 200. You may skip this. ----------
 
 
 class Detail(BaseModel):
@@ -116,8 +116,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# FastAPI sends it by itself: as JSON if the body comes in chunks, and else as plain text.
-TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
+TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}  # not if sent in chunks
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),
@@ -152,7 +151,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes, where FastAPI is new enough to have a limit
+app.router.max_body_size = 1_000_000  # bytes; FastAPI before 0.164 has no such limit
 
 
 @app.get("/")
@@ -167,11 +166,11 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
-# FastAPI sends a Prediction with status 200, and a JSONResponse as it is.
+# FastAPI sends a Prediction with status 200, and a JSONResponse as it is. Then it runs the tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
-    tasks: BackgroundTasks,  # run here, once the answer is sent
+    tasks: BackgroundTasks,
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
     # The same header by another name, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
@@ -179,12 +178,12 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    lease = await accept(redis, key, body.input)  # a RedisError becomes a 503, see below
+    lease = await accept(redis, key, body.input)  # if it raises, answer_unavailable sends 503
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, lease, body.input)
+    output = await make_attempt(redis, key, lease, body.input)  # even if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -215,7 +214,7 @@ async def read_prediction(
 
 
 class Record(BaseModel):
-    status: str = "processing"  # always
+    status: str = "processing"  # always, for whoever looks into Redis
     input: str
     attempt: int = 1
 
@@ -223,7 +222,7 @@ class Record(BaseModel):
 async def accept(redis: Redis, key: str, text: str) -> str:
     """Store a new prediction's record and take its lease, in one round trip; return the lease."""
     lease, record = uuid4().hex, Record(input=text).model_dump_json()
-    await asyncio.gather(  # BatchingRedis sends both together
+    await asyncio.gather(  # our client, BatchingRedis, sends both together
         take_lease(redis, key, lease),  # always works: the key is new
         redis.set(key, record, ex=settings.PREDICTION_TTL),
     )
@@ -242,8 +241,8 @@ async def take_lease(redis: Redis, key: str, lease: str) -> bool:
 async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    Raise RedisError if it cannot be stored: a client that waits gets a 503. For one that polls, a
-    GET after the end of the lease starts another attempt.
+    The output is "failed" if the model raised or took too long. Raise RedisError if it cannot be
+    stored: a waiting client gets a 503, and a GET after the end of the lease another attempt.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -263,14 +262,15 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     lease = uuid4().hex
     async with giving_up_lease_if_cancelled(redis, key, lease):
         if not await take_lease(redis, key, lease):
-            return  # another worker was faster
+            return  # another attempt is being made
         record_json, output_json = await redis.mget(key, f"{key}:output")
         if output_json or not record_json:
             return  # it is finished by now, or has expired
         record = Record.model_validate_json(record_json)
         record.attempt += 1
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        # Subtle: if this worker was frozen until its lease ran out, another may have taken it.
+        # Subtle: if this worker was frozen until its lease ran out, another may have taken it and
+        # be making an attempt now. Then neither run the model nor store "failed".
         if await redis.get(f"{key}:lease") != lease.encode():
             return
         if record.attempt > settings.PREDICTION_ATTEMPTS:
@@ -308,12 +308,15 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 @asynccontextmanager
 async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> AsyncIterator[None]:
-    """If uvicorn cancels the attempt, delete its lease, unless another attempt has it by now."""
+    """If uvicorn cancels the attempt, to end this worker, delete its lease.
+
+    But do not delete that of another attempt, which may have taken it by now.
+    """
     try:
         yield
     except asyncio.CancelledError:
-        with suppress(RedisError):  # then it runs out by itself (fakeredis has no scripts)
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key
+        with suppress(RedisError):  # such as: fakeredis has no scripts
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)
         raise
 
 
@@ -323,12 +326,12 @@ async def run_model(key: str, text: str) -> Output:
     # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():
-        # After a freeze of this worker, there may be a result that is not noticed yet.
+        # After a freeze, the time-out is noticed before a result that is there: wait for that.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done, or the model has cancelled its own task.
+        # Not done; or the model has called cancel() on it, and returned before that took effect.
         logger.exception("%s: no output in time", key)
         task.cancel()  # call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
@@ -369,9 +372,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands are collected for the next. With redis-py's pools of
-    connections, a request takes twice the time; and those tried (of 8, 32 and 100) could not serve
-    2,000 POSTs at once, or not tell 2,000 clients within 5 s that Redis is frozen.
+    While a batch is under way, commands are collected for the next. With a pool of connections (8,
+    32 and 100 were tried), a request took twice the time, and one of two trials failed: to serve
+    2,000 POSTs at once, and to tell 2,000 clients within 5 s that Redis is frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -390,12 +393,12 @@ class BatchingRedis(Redis):
         return await future
 
     async def send_batch(self) -> None:
-        async with self.one_at_a_time:  # until it is free, more commands join the batch
-            batch, self.batch = self.batch, []
+        async with self.one_at_a_time:  # while it waits here, more commands join the batch
+            batch, self.batch = self.batch, []  # from here on, they join the next
             try:
                 pipeline = self.pipeline(transaction=False)
                 for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # collects it
+                    pipeline.pipeline_execute_command(*args, **options)  # adds it
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)  # sends all
             except BaseException as error:  # whatever it is, nobody is left waiting
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
@@ -412,7 +415,7 @@ class BatchingRedis(Redis):
                 await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # attempts that were cancelled give up their leases in it
+        if self.sending:  # it may delete the leases of cancelled attempts
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
@@ -435,7 +438,7 @@ async def connect() -> Redis:
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
         protocol=2,  # Redis speaks 2 and 3. With 3, redis-py 8 overlooks a closed connection.
-        # Seconds for a batch. A command may wait for two, the one under way and its own:
+        # Seconds for a batch. A command may wait for two batches, the one before and its own:
         socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
         socket_timeout=1.5,  # if it is frozen, 3 s in all
         retry=None,  # redis-py 8 would retry ten times

@@ -394,6 +394,7 @@ def test_result_that_was_there_when_the_worker_froze_counts(api, monkeypatch):
 
 
 def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
+    main.settings.PREDICTION_ATTEMPTS = 2  # so this is the last
     path = store.leave_orphan()
     assert {response.status_code for response in at_once(20, requests.get, api + path)} == {202}
     wait_until(lambda: models.inputs)
@@ -405,8 +406,8 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
 
 
 def test_prediction_without_attempts_left_is_failed(api, store, models, caplog):
-    main.settings.PREDICTION_ATTEMPTS = 1
-    path = store.leave_orphan(attempt=3)
+    main.settings.PREDICTION_ATTEMPTS = 2
+    path = store.leave_orphan(attempt=2)
     done = poll(api, path)
     assert done["output"] == {"status": "failed", "input": "orphan", "result": None}
     assert models.inputs == []

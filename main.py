@@ -116,7 +116,8 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}  # not if sent in chunks
+# Sent as plain text, or as the JSON above if the request's body came in chunks:
+TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),
@@ -242,7 +243,7 @@ async def make_attempt(redis: Redis, key: str, lease: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
     The output is "failed" if the model raised or took too long. Raise RedisError if it cannot be
-    stored: a waiting client gets a 503, and a GET after the end of the lease another attempt.
+    stored: a waiting client gets a 503; a GET after the end of the lease starts another attempt.
     """
     async with giving_up_lease_if_cancelled(redis, key, lease):
         return await store_output(redis, key, await run_model(key, text))
@@ -326,7 +327,7 @@ async def run_model(key: str, text: str) -> Output:
     # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
     await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
     if not task.done():
-        # After a freeze, the time-out is noticed before a result that is there: wait for that.
+        # After a freeze, the time-out may be noticed before a result that came in time.
         await asyncio.wait({task}, timeout=0.1)
     try:
         return task.result()
@@ -372,9 +373,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands are collected for the next. With a pool of connections (8,
-    32 and 100 were tried), a request took twice the time, and one of two trials failed: to serve
-    2,000 POSTs at once, and to tell 2,000 clients within 5 s that Redis is frozen.
+    While a batch is under way, commands are collected for the next. A pool of connections (8, 32
+    and 100 were tried) takes twice the time for a request. And it either does not serve 2,000 POSTs
+    at once, or takes more than 5 s to tell 2,000 clients that Redis is frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -398,7 +399,7 @@ class BatchingRedis(Redis):
             try:
                 pipeline = self.pipeline(transaction=False)
                 for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # adds it
+                    pipeline.pipeline_execute_command(*args, **options)  # adds it, as set() does
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)  # sends all
             except BaseException as error:  # whatever it is, nobody is left waiting
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]

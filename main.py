@@ -382,20 +382,19 @@ class BatchingRedis(Redis):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.batch: List[Any] = []  # the next: commands, and for each a future that gets the reply
-        self.sending: Any = None  # the task that sends it
-        self.one_at_a_time = asyncio.Lock()
+        self.sending: Any = None  # the task that sends batches, while there are any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set() and mget(), all call this."""
         future = asyncio.get_running_loop().create_future()
         self.batch.append((args, options, future))
-        if len(self.batch) == 1:  # the first command of a batch starts the task that sends it
-            self.sending = asyncio.ensure_future(self.send_batch())
+        if self.sending is None or self.sending.done():
+            self.sending = asyncio.ensure_future(self.send_batches())
         return await future
 
-    async def send_batch(self) -> None:
-        async with self.one_at_a_time:  # while it waits here, more commands join the batch
-            batch, self.batch = self.batch, []  # from here on, they join the next
+    async def send_batches(self) -> None:
+        while self.batch:
+            batch, self.batch = self.batch, []  # from here on, commands join the next
             try:
                 pipeline = self.pipeline(transaction=False)
                 for args, options, _ in batch:
@@ -413,7 +412,8 @@ class BatchingRedis(Redis):
             if any(isinstance(reply, RedisError) for reply in replies):
                 # After a failover, the connection may lead to a replica, which refuses writes. The
                 # next batch connects anew, to wherever the name in REDIS_HOST leads by then.
-                await self.connection_pool.disconnect()
+                with suppress(BaseException):  # whatever it is, go on
+                    await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
         if self.sending:  # it may delete the leases of cancelled attempts

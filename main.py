@@ -440,8 +440,8 @@ async def connect() -> Redis:
         ssl_check_hostname=True,
         protocol=2,  # Redis speaks 2 and 3. With 3, redis-py 8 overlooks a closed connection.
         # Seconds for a batch. A command may wait for two batches, the one before and its own:
-        socket_connect_timeout=0.8,  # if Redis is out of reach, 1.6 s in all
-        socket_timeout=1.5,  # if it is frozen, 3 s in all
+        socket_connect_timeout=0.8,  # if Redis is out of reach, about 1.6 s in all
+        socket_timeout=1.5,  # if it is frozen, about 3 s in all
         retry=None,  # redis-py 8 would retry ten times
     )
     try:

@@ -646,12 +646,19 @@ def test_client_that_is_closed_sends_first_what_is_waiting(redis_server):
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
 def test_whatever_fails_in_a_batch_nobody_is_left_waiting(store, monkeypatch, error):
     async def fails(*args, **kwargs):
+        await asyncio.sleep(0.01)  # until another command waits for the next batch
         raise error("as when a connection was reset")
+
+    async def ping_later(client):
+        await asyncio.sleep(0.005)
+        await client.ping()
 
     async def run(client):
         with monkeypatch.context() as patch:
             patch.setattr(redis.asyncio.client.Pipeline, "execute", fails)
-            replies = await asyncio.gather(*[client.ping() for _ in "123"], return_exceptions=True)
+            patch.setattr(client.connection_pool, "disconnect", fails)
+            pings = [client.ping(), client.ping(), ping_later(client)]
+            replies = await asyncio.gather(*pings, return_exceptions=True)
         assert [type(reply) for reply in replies] == [redis.RedisError] * 3
         assert all("connection was reset" in str(reply) for reply in replies)
         return await client.ping()

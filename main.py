@@ -116,7 +116,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# Sent as plain text, or as the JSON above if the request's body came in chunks:
+# Plain text if the header Content-Length says it, the JSON above if only reading shows it:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
@@ -396,9 +396,9 @@ class BatchingRedis(Redis):
         while self.batch:
             batch, self.batch = self.batch, []  # from here on, commands join the next
             try:
-                pipeline = self.pipeline(transaction=False)
+                pipeline = self.pipeline(transaction=False)  # its own class: batches nothing
                 for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # adds it, as set() does
+                    pipeline.pipeline_execute_command(*args, **options)  # adds it
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)  # sends all
             except BaseException as error:  # whatever it is, nobody is left waiting
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
@@ -438,7 +438,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # Redis speaks 2 and 3. With 3, redis-py 8 overlooks a closed connection.
+        protocol=2,  # Redis speaks 2 and 3. With 3, redis-py 8 uses closed connections.
         # Seconds for a batch. A command may wait for two batches, the one before and its own:
         socket_connect_timeout=0.8,  # if Redis is out of reach, about 1.6 s in all
         socket_timeout=1.5,  # if it is frozen, about 3 s in all

@@ -423,8 +423,8 @@ MEANWHILE = {  # what happens before or after a worker takes the lease; attempts
     "another has it": ("before", lambda store, path: store.lease(path, "another"), 1),
     "the output arrives": ("before", lambda store, path: store.set(path, ":output", "{}"), 1),
     "the prediction expires": ("before", lambda store, path: store.expire(path), None),
-    "a freeze": ("after", lambda store, path: store.lease(path, "another"), 2),
-    "a freeze, and another makes the last": ("after", make_last_attempt, 4),
+    "a freeze": ("after", lambda store, path: store.lease(path, "another"), 1),
+    "a freeze, and another makes the last": ("after", make_last_attempt, 3),
 }
 
 

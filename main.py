@@ -12,12 +12,13 @@ imitates it in memory. A prediction has up to three keys, its record, its lease 
     prediction:1b9d...:lease    5f0c9a7e... (a random name for the attempt that is being made)
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker, a process that runs this file, accepts a prediction by writing its record, and a lease,
-which Redis deletes after a while. Then it runs the model and stores the output. That is final: if
-the model raises or takes too long, the prediction has failed, and is not tried again.
+A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
+Then it runs the model and stores the output. An output is final: if the model raises or takes too
+long, the prediction has failed, and is not tried again.
 
-If the worker is killed, no output is stored. Once the lease has run out, the next GET of that
-prediction, at any worker, starts another attempt, so the model may run more than once. If
+A lease says that an attempt is being made, and expires soon after the time for one is over. So if
+the worker is killed, there is neither an output nor, after a while, a lease. Then the next GET of
+that prediction, at any worker, starts another attempt; the model may run more than once. If
 PREDICTION_ATTEMPTS attempts have been made by then, that GET makes the prediction fail instead.
 """
 
@@ -117,7 +118,7 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# This answer is plain text, too: if the header Content-Length says that the body is too large.
+# Or plain text, if the header Content-Length says already that the body is too large:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
@@ -185,7 +186,8 @@ async def create_prediction(
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, lease, body.input)  # even if the client hangs up
+    # A client that waits is told the id only with the output. If the worker dies, it cannot poll.
+    output = await make_attempt(redis, key, lease, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")  # a poll gets 200 and "failed"
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -270,7 +272,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         if output_json or not record_json:
             return  # it is finished by now, or has expired
         # Subtle: if this worker was frozen until its lease ran out, another may be making the last
-        # attempt. (A freeze from here on may let the model run once more; the first output counts.)
+        # attempt, and must not be overtaken by the "failed" below. (If the freeze comes after this
+        # check, the model may run once more, and the first output counts.)
         if current_lease != lease.encode():
             return
         record = Record.model_validate_json(record_json)
@@ -305,7 +308,7 @@ async def mock_model(text: str) -> str:
 
 # --- The machine room: what copes with faults. You may stop reading here. ---------------------
 
-# A script, which Redis runs as one command: delete a key if it has this value.
+# A script, which Redis runs as one command: delete the key KEYS[1] if its value is ARGV[1].
 DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
 
@@ -318,25 +321,26 @@ async def giving_up_lease_if_cancelled(redis: Redis, key: str, lease: str) -> As
     try:
         yield
     except asyncio.CancelledError:
-        with suppress(RedisError):  # such as: fakeredis has no scripts
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)
+        with suppress(RedisError):  # always raised by fakeredis, which cannot run scripts
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, 1 other argument
         raise
 
 
 async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.ensure_future(call_model(key, text))
-    # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
-    await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-    if not task.done():
-        # If the worker was frozen, the time-out and a result that came in time are due together.
-        await asyncio.wait({task}, timeout=0.1)
     try:
+        # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
+        await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
+        if not task.done():
+            # After a freeze, the time-out may be noticed before a result that is there as well.
+            await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # there is none yet
         logger.exception("%s: no output in time", key)
-        task.cancel()  # call_model logs where the model was
         return Output(status=Status.failed, input=text, result=None)
+    finally:
+        task.cancel()  # unless it is done; then call_model logs where the model was
 
 
 async def call_model(key: str, text: str) -> Output:
@@ -375,10 +379,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands are collected for the next. All else would run with a plain
-    Redis and its pool of connections, but take twice the time for a request. And no pool that was
-    tried, of 8, 32 and 100, both served 2,000 POSTs at once and told 2,000 clients within 5 s that
-    Redis was frozen.
+    While a batch is under way, commands are collected for the next. The rest of this file would run
+    with redis-py's plain Redis, too, but a request would take twice the time. And with its pool of
+    8, 32 or 100 connections, either some of 2,000 POSTs at once failed, or it took more than 5 s to
+    tell 2,000 clients that Redis was frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -396,7 +400,7 @@ class BatchingRedis(Redis):
         return await future
 
     async def send_batches(self) -> None:
-        while self.batch:
+        while self.batch:  # if there is none, the task ends at once, before a command can come
             batch, self.batch = self.batch, []  # from here on, commands join the next
             try:
                 pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
@@ -415,6 +419,7 @@ class BatchingRedis(Redis):
             if any(isinstance(reply, RedisError) for reply in replies):
                 # After a failover, the connection may lead to a replica, which refuses writes. So
                 # after any error, the next batch connects anew, to where REDIS_HOST leads by then.
+                # What has failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
 
@@ -441,11 +446,13 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # a version. With 3, redis-py 8 overlooks that Redis has closed a connection.
-        # Seconds for a batch. A command may wait for two batches, the one before and its own:
-        socket_connect_timeout=0.8,  # if Redis is out of reach, about 1.6 s in all
-        socket_timeout=1.5,  # if it is frozen, about 3 s in all
-        retry=None,  # redis-py 8 would retry ten times
+        # Redis's protocol has versions 2 and 3. With 3, redis-py 8 does not notice that Redis has
+        # closed a connection, as it does at a restart, and the next request gets 503.
+        protocol=2,
+        # A command waits for the batch under way and then its own, at most twice these seconds:
+        socket_connect_timeout=0.8,  # if Redis is out of reach
+        socket_timeout=1.5,  # if it is frozen
+        retry=None,  # never; redis-py 8 would retry ten times
     )
     try:
         await redis.ping()

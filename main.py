@@ -169,7 +169,9 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
-# FastAPI sends a Prediction with status 200, and a JSONResponse as it is. Then it runs the tasks.
+# FastAPI makes the arguments by their types: body from the JSON that was sent, tasks as an empty
+# list, a Header from the header of that name, else False. It sends a Prediction with status 200,
+# and a JSONResponse as it is. Then it runs what was added to tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
@@ -186,7 +188,7 @@ async def create_prediction(
         tasks.add_task(in_background, make_attempt, redis, key, lease, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # A client that waits is told the id only with the output. If the worker dies, it cannot poll.
+    # A client that waits is told the id only with the output, so if the worker dies, nobody polls.
     output = await make_attempt(redis, key, lease, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")  # a poll gets 200 and "failed"
@@ -236,7 +238,8 @@ async def accept(redis: Redis, key: str, text: str) -> str:
 async def take_lease(redis: Redis, key: str, lease: str) -> bool:
     """Take the lease, unless there is one; return whether that worked.
 
-    It lasts a second longer than an attempt may, which is time to store the output.
+    It lasts a second longer than an attempt may, which is time to store the output. After that, it
+    means nothing, so it is left to run out.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
@@ -271,9 +274,9 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         record_json, current_lease, output_json = await redis.mget(*keys)
         if output_json or not record_json:
             return  # it is finished by now, or has expired
-        # Subtle: if this worker was frozen until its lease ran out, another may be making the last
-        # attempt, and must not be overtaken by the "failed" below. (If the freeze comes after this
-        # check, the model may run once more, and the first output counts.)
+        # Subtle: if this worker was frozen until its lease ran out, another may have begun the last
+        # attempt. The record says then that none is left, and without this check, we would store
+        # "failed" before that attempt ends. (A freeze after it may let the model run once more.)
         if current_lease != lease.encode():
             return
         record = Record.model_validate_json(record_json)
@@ -335,19 +338,19 @@ async def run_model(key: str, text: str) -> Output:
         if not task.done():
             # After a freeze, the time-out may be noticed before a result that is there as well.
             await asyncio.wait({task}, timeout=0.1)
-        return task.result()
-    except asyncio.InvalidStateError:  # there is none yet
+        return task.result()  # raises InvalidStateError if there is none yet
+    except asyncio.InvalidStateError:
         logger.exception("%s: no output in time", key)
         return Output(status=Status.failed, input=text, result=None)
     finally:
-        task.cancel()  # unless it is done; then call_model logs where the model was
+        task.cancel()  # does nothing if it is done; else, call_model logs where the model was
 
 
 async def call_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if it raises or does not return text."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # raises if the model has cancelled the task that it runs in
+        await asyncio.sleep(0)  # if the model has cancelled its own task, raise that here
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
     except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
@@ -380,9 +383,9 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     While a batch is under way, commands are collected for the next. The rest of this file would run
-    with redis-py's plain Redis, too, but a request would take twice the time. And with its pool of
-    8, 32 or 100 connections, either some of 2,000 POSTs at once failed, or it took more than 5 s to
-    tell 2,000 clients that Redis was frozen.
+    with redis-py's plain Redis, too. But with its pool of connections (8, 32 and 100 were tried), a
+    request takes twice the time, and of 2,000 at once, some fail, or are told only after more than
+    5 s that Redis is frozen.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -400,7 +403,7 @@ class BatchingRedis(Redis):
         return await future
 
     async def send_batches(self) -> None:
-        while self.batch:  # if there is none, the task ends at once, before a command can come
+        while self.batch:  # from the last look to the end, there is no await: no command is missed
             batch, self.batch = self.batch, []  # from here on, commands join the next
             try:
                 pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
@@ -424,7 +427,7 @@ class BatchingRedis(Redis):
                     await self.connection_pool.disconnect()
 
     async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # it may delete the leases of cancelled attempts
+        if self.sending:  # first send all, as when cancelled attempts delete their leases
             await asyncio.wait({self.sending})
         await super().aclose(close_connection_pool)
 
@@ -449,9 +452,9 @@ async def connect() -> Redis:
         # Redis's protocol has versions 2 and 3. With 3, redis-py 8 does not notice that Redis has
         # closed a connection, as it does at a restart, and the next request gets 503.
         protocol=2,
-        # A command waits for the batch under way and then its own, at most twice these seconds:
-        socket_connect_timeout=0.8,  # if Redis is out of reach
-        socket_timeout=1.5,  # if it is frozen
+        # Seconds for each batch. A command may wait for two, the one under way and its own:
+        socket_connect_timeout=0.8,  # if Redis is out of reach (1.6 for two)
+        socket_timeout=1.5,  # if it is frozen (3 for two)
         retry=None,  # never; redis-py 8 would retry ten times
     )
     try:

@@ -6,20 +6,21 @@ A client can wait for its prediction, or have it made in the background and ask 
 out on purpose: authentication, rate limits, a task queue.
 
 Predictions are kept in Redis, a server that stores values under keys; without one, fakeredis
-imitates it in memory. A prediction has up to three keys, its record, its lease and its output:
+imitates it in the memory of this process. A prediction has up to three keys, its record, its lease
+and its output:
 
     prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
     prediction:1b9d...:lease    5f0c9a7e... (a random name for the attempt that is being made)
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
-Then it runs the model and stores the output. An output is final: if the model raises or takes too
-long, the prediction fails, and is not tried again.
+Then it runs the model and stores the output, which is final.
 
-A lease says that an attempt is being made, and expires soon after the time limit for one. So if
-the worker is killed, there is neither an output nor, after a while, a lease. Then the next GET of
-that prediction, at any worker, starts another attempt; the model may run more than once. If
-PREDICTION_ATTEMPTS attempts have been made by then, that GET makes the prediction fail instead.
+Two things can go wrong. If the model raises or takes too long, the output says "failed". If the
+worker is killed, there is no output, and after a while no lease, since that expires soon after the
+time limit of an attempt. Only then does the next GET of that prediction, at any worker, start
+another attempt (and answer "still processing"). So the model may run more than once. If
+PREDICTION_ATTEMPTS attempts have been made already, it stores "failed" instead.
 """
 
 import asyncio
@@ -144,6 +145,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
     # By now, uvicorn has finished all requests and background tasks. If it was started with
     # --timeout-graceful-shutdown, it has cancelled those that took longer: waiting clients get 500.
+    await asyncio.sleep(0.1)  # time for what was cancelled to delete its leases
     await app.state.redis.aclose()
 
 
@@ -185,7 +187,8 @@ async def create_prediction(
     key = f"prediction:{prediction_id}"
     lease = await accept(redis, key, body.input)  # if it raises, answer_unavailable sends 503
     if async_mode or hyphenated:
-        tasks.add_task(in_background, lease, make_attempt, redis, key, body.input)
+        # in_background calls make_attempt, and deletes the lease if uvicorn has to cancel that.
+        tasks.add_task(in_background, make_attempt, redis, key, body.input, lease=lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         headers = {"Location": f"/predict/{prediction_id}"}
         return JSONResponse(accepted, status_code=202, headers=headers)
@@ -210,8 +213,8 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:
-        lease = uuid4().hex
-        tasks.add_task(in_background, lease, make_next_attempt, redis, key, lease)
+        new_lease = uuid4().hex  # which make_next_attempt tries to take
+        tasks.add_task(in_background, make_next_attempt, redis, key, new_lease, lease=new_lease)
     detail = {"detail": "Prediction is still processing."}
     return JSONResponse(detail, status_code=202, headers={"Retry-After": "1"})
 
@@ -274,14 +277,15 @@ async def make_next_attempt(redis: Redis, key: str, lease: str) -> None:
     record_json, current_lease, output_json = await redis.mget(*keys)
     if output_json or not record_json:
         return  # it is finished by now, or has expired
-    # Subtle: if this worker was frozen until its lease ran out, another may have begun the last
-    # attempt. The record says then that none is left, and without this check, we would store
-    # "failed" before that attempt ends. (A freeze after it may let the model run once more.)
+    # Subtle: suppose that worker A takes the lease and is frozen until it runs out. B takes the
+    # next one, counts the last attempt, and makes it. A goes on, reads that no attempt is left, and
+    # would store "failed" while B is at work. So go on only if the lease is still ours. (If A is
+    # frozen after this check, the model may run once more, and the first output counts.)
     if current_lease != lease.encode():
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
-        record.attempt += 1
+        record.attempt += 1  # stored before the model runs, so that it counts if that kills us
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
         output = await run_model(key, record.input)
     else:
@@ -318,7 +322,7 @@ async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Without shield(), wait_for() would wait on for a model that ignores its cancellation.
+        # Without shield(), wait_for() would cancel a late model, and wait until it has ended.
         return await asyncio.wait_for(asyncio.shield(task), settings.PREDICTION_TIMEOUT)
     except asyncio.TimeoutError:
         # After a freeze, the time-out may be noticed before a result that is there as well.
@@ -335,7 +339,7 @@ async def call_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if it raises or does not return text."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # if the model has cancelled its own task, raise that here
+        await asyncio.sleep(0)  # raises if the model has called asyncio.current_task().cancel()
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
     except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
@@ -348,7 +352,7 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 
 async def in_background(
-    lease: str, attempt: Callable[..., Awaitable[Any]], redis: Redis, key: str, *args: str
+    attempt: Callable[..., Awaitable[Any]], redis: Redis, key: str, *args: str, lease: str
 ) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
@@ -360,7 +364,7 @@ async def in_background(
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        with suppress(RedisError):  # always raised by fakeredis, which cannot run scripts
+        with suppress(RedisError):  # fakeredis always raises it, since it cannot run scripts
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, 1 other argument
         raise
 
@@ -384,8 +388,10 @@ class BatchingRedis(Redis):
 
     While a batch is under way, commands are collected for the next. The rest of this file would run
     with redis-py's plain Redis, too. But with its pool of connections (8, 32 and 100 were tried),
-    POSTs side by side take 1.7 times the processor time, and of 2,000 at once, some fail, or are
-    told only after more than 5 s that Redis is frozen. (Not for commands that block, as BLPOP.)
+    POSTs side by side take 1.7 times the processor time. And of 2,000 requests at once, some fail,
+    or are told only after more than 5 s that Redis is frozen.
+
+    This client is not suited to commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
@@ -453,9 +459,10 @@ async def connect() -> Redis:
         # Redis's protocol has versions 2 and 3. With 3, redis-py 8 does not notice that Redis has
         # closed a connection, as it does at a restart, and the next request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may wait for two, the one under way and its own:
+        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
+        # own. A frozen Redis still lets clients connect, but sends no reply, even to the first.
         socket_connect_timeout=0.8,  # if Redis is out of reach (1.6 for two)
-        socket_timeout=1.5,  # if it is frozen, and sends no reply (3 for two)
+        socket_timeout=1.5,  # if it is frozen (3 for two)
         retry=None,  # never; redis-py 8 would retry ten times
     )
     try:

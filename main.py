@@ -154,9 +154,10 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    max_body_size=1_000_000,  # bytes; FastAPI before 0.164 ignores this
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
+# In bytes. FastAPI has this limit from 0.164 on; some before that refuse it as an argument.
+app.router.max_body_size = 1_000_000
 
 
 @app.get("/")
@@ -322,28 +323,30 @@ async def run_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Without shield(), wait_for() would cancel a late model, and wait until it has ended.
-        return await asyncio.wait_for(asyncio.shield(task), settings.PREDICTION_TIMEOUT)
-    except asyncio.TimeoutError:
-        # After a freeze, the time-out may be noticed before a result that is there as well.
-        await asyncio.wait({task}, timeout=0.1)
-        if task.done():
-            return task.result()
-        logger.exception("%s: no output in time", key)
-        return Output(status=Status.failed, input=text, result=None)
+        # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
+        await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
+        if not task.done():
+            # After a freeze, the time-out may be noticed before a result that is there as well.
+            await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # does nothing if it is done; otherwise, call_model logs where the model was
+    try:
+        return task.result()
+    except (asyncio.InvalidStateError, asyncio.CancelledError):
+        # It is not done; or the model has called asyncio.current_task().cancel(), and then ended.
+        logger.exception("%s: no output from the model", key)
+        return Output(status=Status.failed, input=text, result=None)
 
 
 async def call_model(key: str, text: str) -> Output:
     """Return the model's output, or a failed one if it raises or does not return text."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # raises if the model has called asyncio.current_task().cancel()
         result.encode()  # raises unless it is text that can be stored
         return Output(status=Status.completed, input=text, result=result)
     except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
-        logger.exception("%s: the model has failed", key)
+        with suppress(BaseException):  # an odd exception may fail to be printed
+            logger.exception("%s: the model has failed", key)
         return Output(status=Status.failed, input=text, result=None)
 
 

@@ -336,6 +336,11 @@ MISBEHAVING_MODELS = {
     "raises GeneratorExit": "async def model(text): raise GeneratorExit",
     "raises CancelledError": "async def model(text): raise asyncio.CancelledError",
     "cancels itself": "async def model(text): asyncio.current_task().cancel(); return text",
+    "cancels itself and raises": """async def model(text):
+        asyncio.current_task().cancel()
+        raise ValueError(text)""",
+    "raises what cannot be printed": """async def model(text):
+        raise SyntaxError(text, ("file", 1, "x", b"not text"))""",
     "exits": "async def model(text): sys.exit(1)",
     "hangs": "async def model(text): await asyncio.Event().wait()",
     "ignores its cancellation": """async def model(text):
@@ -361,14 +366,15 @@ def test_prediction_of_a_model_that_misbehaves_is_failed(api, monkeypatch, caplo
     response = predict(api)
     assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
     assert time.monotonic() - start < 0.8
-    assert "Traceback" in caplog.text
+    assert "Traceback" in caplog.text or "printed" in name
     path = accept(api)
     output = {"status": "failed", "input": "Some input data", "result": None}
     done = {"prediction_id": path.split("/")[-1], "status": "failed", "output": output}
     assert poll(api, path) == done
-    # The second also of one that hangs, which is cancelled then:
-    reason = "no output in time" if "ignores" in name else "the model has failed"
-    wait_until(lambda: f"{key_of(path)}: {reason}" in caplog.messages)
+    if name in ("ignores its cancellation", "cancels itself"):
+        assert f"{key_of(path)}: no output from the model" in caplog.messages
+    else:  # also one that hangs, which is cancelled
+        wait_until(lambda: f"{key_of(path)}: the model has failed" in caplog.messages)
 
 
 def test_result_that_was_there_when_the_worker_froze_counts(api, monkeypatch):

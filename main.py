@@ -16,11 +16,11 @@ and its output:
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
 Then it runs the model and stores the output, which is final.
 
-Two things can go wrong. If the model raises or takes too long, the output says "failed". If the
-worker is killed, there is no output, and after a while no lease, since that expires soon after the
-time limit of an attempt. Only then does the next GET of that prediction, at any worker, start
-another attempt (and answer "still processing"). So the model may run more than once. If
-PREDICTION_ATTEMPTS attempts have been made already, it stores "failed" instead.
+If the model raises or takes too long, the output says "failed". While there is a lease, an attempt
+is thought to be under way. If the worker is killed, there is no output, and the lease expires soon
+after the time limit of an attempt. The next GET of that prediction, at any worker, answers "still
+processing" and starts another attempt, so the model may run more than once. But if
+PREDICTION_ATTEMPTS attempts have been made already, it stores "failed" for the GETs that follow.
 """
 
 import asyncio
@@ -145,7 +145,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
     # By now, uvicorn has finished all requests and background tasks. If it was started with
     # --timeout-graceful-shutdown, it has cancelled those that took longer: waiting clients get 500.
-    await asyncio.sleep(0.1)  # time for what was cancelled to delete its leases
+    await asyncio.sleep(0.1)  # time for cancelled attempts to delete their leases (in_background)
     await app.state.redis.aclose()
 
 
@@ -156,7 +156,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-# In bytes. FastAPI has this limit from 0.164 on; some before that refuse it as an argument.
+# In bytes. FastAPI has this limit from 0.164 on, as an argument, too, which older ones may refuse.
 app.router.max_body_size = 1_000_000
 
 
@@ -186,14 +186,15 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    lease = await accept(redis, key, body.input)  # if it raises, answer_unavailable sends 503
+    # Both kinds are stored, and can be read later. If this raises, answer_unavailable sends 503.
+    lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        # in_background calls make_attempt, and deletes the lease if uvicorn has to cancel that.
+        # in_background calls make_attempt, and deletes the lease if uvicorn cancels that.
         tasks.add_task(in_background, make_attempt, redis, key, body.input, lease=lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         headers = {"Location": f"/predict/{prediction_id}"}
         return JSONResponse(accepted, status_code=202, headers=headers)
-    # A client that waits is told the id only with the output, so if the worker dies, nobody polls.
+    # Nobody knows the id before the output. If this worker ends, nobody polls or needs the lease.
     output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")  # a poll gets 200 and "failed"
@@ -214,7 +215,8 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:
-        new_lease = uuid4().hex  # which make_next_attempt tries to take
+        # One for make_next_attempt, which takes it; one for in_background, which may delete it:
+        new_lease = uuid4().hex
         tasks.add_task(in_background, make_next_attempt, redis, key, new_lease, lease=new_lease)
     detail = {"detail": "Prediction is still processing."}
     return JSONResponse(detail, status_code=202, headers={"Retry-After": "1"})
@@ -463,7 +465,7 @@ async def connect() -> Redis:
         # closed a connection, as it does at a restart, and the next request gets 503.
         protocol=2,
         # Seconds until a batch fails. A command may wait for two batches, the one under way and its
-        # own. A frozen Redis still lets clients connect, but sends no reply, even to the first.
+        # own. A frozen Redis lets clients connect, but sends no reply to their first command.
         socket_connect_timeout=0.8,  # if Redis is out of reach (1.6 for two)
         socket_timeout=1.5,  # if it is frozen (3 for two)
         retry=None,  # never; redis-py 8 would retry ten times

@@ -156,7 +156,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-# In bytes. FastAPI has this limit from 0.164 on, as an argument, too, which older ones may refuse.
+# In bytes. Before FastAPI 0.164, this has no effect. (Some refuse max_body_size as an argument.)
 app.router.max_body_size = 1_000_000
 
 
@@ -335,7 +335,8 @@ async def run_model(key: str, text: str) -> Output:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done; or the model has called asyncio.current_task().cancel(), and then ended.
+        # InvalidStateError: its time is over, and it is not done. CancelledError: the model has
+        # called asyncio.current_task().cancel(), and then ended.
         logger.exception("%s: no output from the model", key)
         return Output(status=Status.failed, input=text, result=None)
 
@@ -419,7 +420,8 @@ class BatchingRedis(Redis):
             try:
                 pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
                 for args, options, _ in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # only adds it
+                    # Adds it. The pipeline's execute_command ends in this, too, if not under WATCH.
+                    pipeline.pipeline_execute_command(*args, **options)
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)
             except BaseException as error:  # whatever it is, nobody is left waiting
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]

@@ -451,6 +451,26 @@ def test_what_changes_after_the_poll_stops_the_attempt(
     assert "Traceback" not in caplog.text
 
 
+@real
+def test_attempt_cut_short_while_it_begins_gives_up_its_lease(redis_server, monkeypatch):
+    async def hang(*args):
+        await asyncio.sleep(LONG)
+
+    async def run(client):
+        args = main.make_next_attempt, client, key_of(path), "a lease"
+        attempt = asyncio.ensure_future(main.in_background(*args, lease="a lease"))
+        while not redis_server.get(path, ":lease"):
+            await asyncio.sleep(0.01)
+        attempt.cancel()
+        await asyncio.wait({attempt})
+        assert attempt.cancelled()
+
+    monkeypatch.setattr(main.BatchingRedis, "mget", hang)
+    path = redis_server.leave_orphan()
+    with_client(redis_server.port, run)
+    assert redis_server.get(path, ":lease") is None
+
+
 @pytest.mark.parametrize("expired", [False, True])
 def test_synchronous_answer_is_the_first_output_unless_it_expires(api, store, monkeypatch, expired):
     async def model(text):

@@ -2,25 +2,24 @@
 
     pip install -r requirements.txt && uvicorn main:app --reload
 
-A client can wait for its prediction, or have it made in the background and ask for it later. Left
-out on purpose: authentication, rate limits, a task queue.
+A client waits for its prediction, or has it made in the background and polls for it. Left out on
+purpose: authentication, rate limits, a task queue.
 
 Predictions are kept in Redis, a server that stores values under keys; without one, fakeredis
-imitates it in the memory of this process. A prediction has up to three keys, its record, its lease
-and its output:
+imitates it in the memory of this process. A prediction has up to three keys:
 
-    prediction:1b9d...          {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    5f0c9a7e... (a random name for the attempt that is being made)
+    prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
+    prediction:1b9d...:lease    the worker that is making an attempt, by its random name, 5f0c...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
-Then it runs the model and stores the output, which is final.
+Then it runs the model and stores the output, which is final. If the model raises or takes too long,
+the output says "failed".
 
-If the model raises or takes too long, the output says "failed". While there is a lease, an attempt
-is thought to be under way. If the worker is killed, there is no output, and the lease expires soon
-after the time limit of an attempt. The next GET of that prediction, at any worker, answers "still
-processing" and starts another attempt, so the model may run more than once. But if
-PREDICTION_ATTEMPTS attempts have been made already, it stores "failed" for the GETs that follow.
+If the worker is killed, there is no output, and the lease expires soon after the time limit of an
+attempt. The next GET of that prediction, at any worker, answers "still processing" and starts
+another attempt; so the model may run more than once. After PREDICTION_ATTEMPTS attempts, it stores
+"failed" instead.
 """
 
 import asyncio
@@ -64,6 +63,7 @@ class Settings(BaseSettings):
 
 
 settings = Settings()
+WORKER = uuid4().hex.encode()  # the random name of this process; bytes, as replies of Redis are
 
 # --- What clients send and receive, as JSON ---------------------------------------------------
 
@@ -145,7 +145,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
     # By now, uvicorn has finished all requests and background tasks. If it was started with
     # --timeout-graceful-shutdown, it has cancelled those that took longer: waiting clients get 500.
-    await asyncio.sleep(0.1)  # time for cancelled attempts to delete their leases (in_background)
+    await asyncio.sleep(0.2)  # time for in_background to delete the leases of those attempts
     await app.state.redis.aclose()
 
 
@@ -187,14 +187,12 @@ async def create_prediction(
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
     # Both kinds are stored, and can be read later. If this raises, answer_unavailable sends 503.
-    lease = await accept(redis, key, body.input)
+    await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        # in_background calls make_attempt, and deletes the lease if uvicorn cancels that.
-        tasks.add_task(in_background, make_attempt, redis, key, body.input, lease=lease)
+        tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         headers = {"Location": f"/predict/{prediction_id}"}
         return JSONResponse(accepted, status_code=202, headers=headers)
-    # Nobody knows the id before the output. If this worker ends, nobody polls or needs the lease.
     output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")  # a poll gets 200 and "failed"
@@ -215,9 +213,7 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:
-        # One for make_next_attempt, which takes it; one for in_background, which may delete it:
-        new_lease = uuid4().hex
-        tasks.add_task(in_background, make_next_attempt, redis, key, new_lease, lease=new_lease)
+        tasks.add_task(in_background, make_next_attempt, redis, key)
     detail = {"detail": "Prediction is still processing."}
     return JSONResponse(detail, status_code=202, headers={"Retry-After": "1"})
 
@@ -234,67 +230,65 @@ class Record(BaseModel):
     attempt: int = 1
 
 
-async def accept(redis: Redis, key: str, text: str) -> str:
-    """Store a new prediction's record and take its lease, in one round trip; return the lease."""
-    lease, record = uuid4().hex, Record(input=text).model_dump_json()
+async def accept(redis: Redis, key: str, text: str) -> None:
+    """Store the record of a new prediction and take its lease, in one round trip."""
+    record = Record(input=text).model_dump_json()
     await asyncio.gather(  # our client, BatchingRedis, sends both together
-        take_lease(redis, key, lease),  # always works: the key is new
+        take_lease(redis, key),
         redis.set(key, record, ex=settings.PREDICTION_TTL),
     )
-    return lease
 
 
-async def take_lease(redis: Redis, key: str, lease: str) -> bool:
-    """Take the lease, unless there is one; return whether that worked.
+async def take_lease(redis: Redis, key: str) -> bool:
+    """Take the lease for this worker, unless there is one; return whether that worked.
 
     It lasts a second longer than an attempt may, which is time to store the output. Once there is
     an output, the lease means nothing, so it is left to run out.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    return bool(await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds))
+    return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return the one that was stored first.
 
-    The output is "failed" if the model raised or took too long. Raise RedisError if it cannot be
-    stored: a waiting client gets a 503; for one that polls, another attempt is made later.
+    Raise RedisError if it cannot be stored: a waiting client gets a 503; for one that polls,
+    another attempt is made later.
     """
-    return await store_output(redis, key, await run_model(key, text))
+    return await store_output(redis, key, text, await run_model(key, text))
 
 
-async def store_output(redis: Redis, key: str, output: Output) -> Output:
-    """Store an output if there is none yet; return the one that is stored."""
-    mine = output.model_dump_json()
-    if await redis.set(f"{key}:output", mine, nx=True, ex=settings.PREDICTION_TTL):
+async def store_output(redis: Redis, key: str, text: str, result: Optional[str]) -> Output:
+    """Store an output, "failed" if result is None, unless there is one; return what is stored."""
+    status = Status.failed if result is None else Status.completed
+    output = Output(status=status, input=text, result=result)
+    output_json = output.model_dump_json()
+    if await redis.set(f"{key}:output", output_json, nx=True, ex=settings.PREDICTION_TTL):
         return output
     first = await redis.get(f"{key}:output")
-    return Output.model_validate_json(first or mine)  # the first may have expired
+    return Output.model_validate_json(first or output_json)  # the first may have expired
 
 
-async def make_next_attempt(redis: Redis, key: str, lease: str) -> None:
+async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt at a prediction, if this worker gets the lease and one is left."""
-    if not await take_lease(redis, key, lease):
+    if not await take_lease(redis, key):
         return  # another attempt is being made
-    keys = key, f"{key}:lease", f"{key}:output"
-    record_json, current_lease, output_json = await redis.mget(*keys)
+    record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json or not record_json:
         return  # it is finished by now, or has expired
-    # Subtle: suppose that worker A takes the lease and is frozen until it runs out. B takes the
-    # next one, counts the last attempt, and makes it. A goes on, reads that no attempt is left, and
-    # would store "failed" while B is at work. So go on only if the lease is still ours. (If A is
-    # frozen after this check, the model may run once more, and the first output counts.)
-    if current_lease != lease.encode():
+    if lease != WORKER:
+        # Subtle: this worker was frozen until its lease ran out, and another has the next lease. It
+        # may have counted the last attempt, and be making it. Then we must not store "failed".
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1  # stored before the model runs, so that it counts if that kills us
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        output = await run_model(key, record.input)
+        result = await run_model(key, record.input)
     else:
         logger.error("%s has used up its attempts", key)
-        output = Output(status=Status.failed, input=record.input, result=None)
-    await store_output(redis, key, output)
+        result = None
+    await store_output(redis, key, record.input, result)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -321,8 +315,8 @@ async def mock_model(text: str) -> str:
 # --- The machine room: handling faults. You may stop reading here. ----------------------------
 
 
-async def run_model(key: str, text: str) -> Output:
-    """Return the model's output, or a failed one if there is none after PREDICTION_TIMEOUT."""
+async def run_model(key: str, text: str) -> Optional[str]:
+    """Return the model's result, or None if it fails or takes longer than PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
         # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
@@ -331,26 +325,23 @@ async def run_model(key: str, text: str) -> Output:
             # After a freeze, the time-out may be noticed before a result that is there as well.
             await asyncio.wait({task}, timeout=0.1)
     finally:
-        task.cancel()  # does nothing if it is done; otherwise, call_model logs where the model was
-    try:
+        task.cancel()  # does nothing if it is done
+    if task.done() and not task.cancelled():
         return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: its time is over, and it is not done. CancelledError: the model has
-        # called asyncio.current_task().cancel(), and then ended.
-        logger.exception("%s: no output from the model", key)
-        return Output(status=Status.failed, input=text, result=None)
+    logger.error("%s: no result from the model", key, stack_info=True)
+    return None
 
 
-async def call_model(key: str, text: str) -> Output:
-    """Return the model's output, or a failed one if it raises or does not return text."""
+async def call_model(key: str, text: str) -> Optional[str]:
+    """Return the model's result, or None if it raises, is cancelled, or does not return text."""
     try:
         result = await mock_model(text)
         result.encode()  # raises unless it is text that can be stored
-        return Output(status=Status.completed, input=text, result=result)
-    except BaseException:  # also SystemExit (it would end this worker) and the cancel() above
+        return result
+    except BaseException:  # also SystemExit, which would end this worker
         with suppress(BaseException):  # an odd exception may fail to be printed
             logger.exception("%s: the model has failed", key)
-        return Output(status=Status.failed, input=text, result=None)
+        return None
 
 
 # A script, which Redis runs as one command: delete the key KEYS[1] if its value is ARGV[1].
@@ -358,12 +349,12 @@ DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del
 
 
 async def in_background(
-    attempt: Callable[..., Awaitable[Any]], redis: Redis, key: str, *args: str, lease: str
+    attempt: Callable[..., Awaitable[Any]], redis: Redis, key: str, *args: str
 ) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
-    If uvicorn cancels it in order to end this worker, delete its lease, so that the next GET starts
-    another attempt at once. But do not delete that of another attempt, which may have it by now.
+    If uvicorn cancels it in order to end this worker, delete the lease, so that the next GET starts
+    another attempt at once. But do not delete that of another worker, which may have it by now.
     """
     try:
         await attempt(redis, key, *args)
@@ -371,7 +362,7 @@ async def in_background(
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
         with suppress(RedisError):  # fakeredis always raises it, since it cannot run scripts
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", lease)  # 1 key, 1 other argument
+            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
         raise
 
 
@@ -438,11 +429,6 @@ class BatchingRedis(Redis):
                 # means by then. What has failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
-
-    async def aclose(self, close_connection_pool: Optional[bool] = None) -> None:
-        if self.sending:  # first send all, as when cancelled attempts delete their leases
-            await asyncio.wait({self.sending})
-        await super().aclose(close_connection_pool)
 
 
 async def connect() -> Redis:

@@ -212,7 +212,7 @@ def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api,
     assert pending.headers["Retry-After"] == "1"
     record = {"status": "processing", "input": "Some input data", "attempt": 1}
     assert store.record(path) == record
-    assert re.fullmatch("[0-9a-f]{32}", store.get(path, ":lease"))
+    assert store.get(path, ":lease") == main.WORKER.decode()
     assert store.get(path, ":output") is None
     models.finish(0, "Done")
     output = {"status": "completed", "input": "Some input data", "result": "Done"}
@@ -366,13 +366,13 @@ def test_prediction_of_a_model_that_misbehaves_is_failed(api, monkeypatch, caplo
     response = predict(api)
     assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
     assert time.monotonic() - start < 0.8
-    assert "Traceback" in caplog.text or "printed" in name
+    assert re.search("Traceback|Stack", caplog.text) or "printed" in name
     path = accept(api)
     output = {"status": "failed", "input": "Some input data", "result": None}
     done = {"prediction_id": path.split("/")[-1], "status": "failed", "output": output}
     assert poll(api, path) == done
     if name in ("ignores its cancellation", "cancels itself"):
-        assert f"{key_of(path)}: no output from the model" in caplog.messages
+        assert f"{key_of(path)}: no result from the model" in caplog.messages
     else:  # also one that hangs, which is cancelled
         wait_until(lambda: f"{key_of(path)}: the model has failed" in caplog.messages)
 
@@ -457,8 +457,9 @@ def test_attempt_cut_short_while_it_begins_gives_up_its_lease(redis_server, monk
         await asyncio.sleep(LONG)
 
     async def run(client):
-        args = main.make_next_attempt, client, key_of(path), "a lease"
-        attempt = asyncio.ensure_future(main.in_background(*args, lease="a lease"))
+        attempt = asyncio.ensure_future(
+            main.in_background(main.make_next_attempt, client, key_of(path))
+        )
         while not redis_server.get(path, ":lease"):
             await asyncio.sleep(0.01)
         attempt.cancel()
@@ -628,18 +629,6 @@ def test_no_reply_is_mixed_up_among_errors_and_cancellations(redis_server):
             assert isinstance(reply, redis.ResponseError)
         else:
             assert reply == str(number).encode()
-
-
-@real
-def test_client_that_is_closed_sends_first_what_is_waiting(redis_server):
-    async def run(client):
-        pings = [asyncio.ensure_future(client.ping()) for _ in range(1_000)]
-        await asyncio.sleep(0)
-        await client.aclose()
-        await asyncio.sleep(0.001)  # a turn of the loop, for the tasks that await the replies
-        return [ping.done() and ping.result() for ping in pings]
-
-    assert with_client(redis_server.port, run) == [True] * 1_000
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])

@@ -18,8 +18,8 @@ the output says "failed".
 
 If the worker is killed, there is no output, and the lease expires soon after the time limit of an
 attempt. The next GET of that prediction, at any worker, answers "still processing" and starts
-another attempt; so the model may run more than once. After PREDICTION_ATTEMPTS attempts, it stores
-"failed" instead.
+another attempt; so the model may run more than once. After PREDICTION_ATTEMPTS attempts, that GET
+stores "failed" instead.
 """
 
 import asyncio
@@ -59,11 +59,11 @@ class Settings(BaseSettings):
     PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds that mock_model takes
     PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds for an attempt
     PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds that one is kept
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds until it is forgotten
 
 
 settings = Settings()
-WORKER = uuid4().hex.encode()  # the random name of this process; bytes, as replies of Redis are
+WORKER = uuid4().hex.encode()  # a random name for this process; bytes, as Redis's replies are
 
 # --- What clients send and receive, as JSON ---------------------------------------------------
 
@@ -123,7 +123,7 @@ TOO_LARGE = answer("Content Too Large")
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
-    400: answer("There was an error parsing the body"),
+    400: answer("There was an error parsing the body"),  # from FastAPI, if it is not UTF-8, say
     413: TOO_LARGE,
     422: {"model": Invalid, "description": "The request is not valid."},
     500: answer("Prediction failed."),
@@ -143,9 +143,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
-    # By now, uvicorn has finished all requests and background tasks. If it was started with
-    # --timeout-graceful-shutdown, it has cancelled those that took longer: waiting clients get 500.
-    await asyncio.sleep(0.2)  # time for in_background to delete the leases of those attempts
+    # By now, uvicorn has finished all requests and background tasks, or has cancelled those that
+    # took longer than its --timeout-graceful-shutdown; then clients that wait in a POST get 500.
+    await asyncio.sleep(0.2)  # time for in_background to delete the leases of cancelled attempts
     await app.state.redis.aclose()
 
 
@@ -156,8 +156,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-# In bytes. Before FastAPI 0.164, this has no effect. (Some refuse max_body_size as an argument.)
-app.router.max_body_size = 1_000_000
+# A larger body gets 413, from FastAPI 0.164 on. (Some versions refuse this as an argument above.)
+app.router.max_body_size = 1_000_000  # bytes
 
 
 @app.get("/")
@@ -172,9 +172,9 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
-# FastAPI fills in the arguments by their types: body from the JSON that was sent, tasks with an
-# empty BackgroundTasks, a Header from the header of that name, else False. It sends a Prediction
-# with status 200, and a JSONResponse as it is. Then it runs what was added to tasks.
+# FastAPI fills in the arguments: body from the JSON that was sent, tasks with an empty
+# BackgroundTasks, a Header with the header of that name or else False. It sends a Prediction (the
+# response_model) with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
@@ -186,8 +186,7 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Both kinds are stored, and can be read later. If this raises, answer_unavailable sends 503.
-    await accept(redis, key, body.input)
+    await accept(redis, key, body.input)  # if this raises RedisError, answer_unavailable sends 503
     if async_mode or hyphenated:
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
@@ -195,7 +194,7 @@ async def create_prediction(
         return JSONResponse(accepted, status_code=202, headers=headers)
     output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
-        raise HTTPException(500, "Prediction failed.")  # a poll gets 200 and "failed"
+        raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
 
 
@@ -277,8 +276,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if output_json or not record_json:
         return  # it is finished by now, or has expired
     if lease != WORKER:
-        # Subtle: this worker was frozen until its lease ran out, and another has the next lease. It
-        # may have counted the last attempt, and be making it. Then we must not store "failed".
+        # Subtle: this worker was frozen until its lease ran out, and another worker has taken the
+        # next. If that one is making the last attempt allowed, we must not store "failed" here.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
@@ -322,14 +321,16 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # After a freeze, the time-out may be noticed before a result that is there as well.
+            # If this process was frozen, it may notice the time-out before a result that is there.
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # does nothing if it is done
-    if task.done() and not task.cancelled():
+    try:
         return task.result()
-    logger.error("%s: no result from the model", key, stack_info=True)
-    return None
+    except (asyncio.InvalidStateError, asyncio.CancelledError):
+        # InvalidStateError: it has not ended. CancelledError: the model has cancelled its own task.
+        logger.exception("%s: no result from the model", key)
+        return None
 
 
 async def call_model(key: str, text: str) -> Optional[str]:
@@ -354,7 +355,7 @@ async def in_background(
     """Make an attempt after the answer was sent, when an error can only be logged.
 
     If uvicorn cancels it in order to end this worker, delete the lease, so that the next GET starts
-    another attempt at once. But do not delete that of another worker, which may have it by now.
+    another attempt at once. But leave the lease of another worker, which may have taken it by now.
     """
     try:
         await attempt(redis, key, *args)
@@ -383,10 +384,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands are collected for the next. The rest of this file would run
-    with redis-py's plain Redis, too. But with its pool of connections (8, 32 and 100 were tried),
-    POSTs side by side take 1.7 times the processor time. And of 2,000 requests at once, some fail,
-    or are told only after more than 5 s that Redis is frozen.
+    While a batch is under way, commands join the next. Everything else would run with redis-py's
+    plain Redis and its pool of connections, too. But that took 1.7 times the processor time for
+    POSTs side by side. And with 8, 32 and 100 connections, some of 2,000 requests at once failed,
+    or were told only after more than 5 s that Redis was frozen.
 
     This client is not suited to commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -394,41 +395,39 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # the next: commands, and for each a future that gets the reply
-        self.sending: Any = None  # the task that sends batches, while there are any
+        self.batch: List[Any] = []  # the commands that the next batch will send
+        self.sending: Any = None  # the task that will send it
+        self.turn = asyncio.Lock()  # held by the batch that is under way
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set() and mget(), all call this."""
-        future = asyncio.get_running_loop().create_future()
-        self.batch.append((args, options, future))
-        if self.sending is None or self.sending.done():
-            self.sending = asyncio.create_task(self.send_batches())
-        return await future
+        if not self.batch:
+            self.sending = asyncio.create_task(self.send_batch())
+        position = len(self.batch)
+        self.batch.append((args, options))
+        replies = await asyncio.shield(self.sending)  # which goes on if this request is cancelled
+        if isinstance(replies[position], Exception):
+            raise replies[position]
+        return replies[position]
 
-    async def send_batches(self) -> None:
-        while self.batch:  # no await between the last check and the end, so no command is missed
-            batch, self.batch = self.batch, []  # from here on, commands join the next
+    async def send_batch(self) -> List[Any]:
+        """Send what has been collected when it is this batch's turn; return the replies."""
+        async with self.turn:
+            batch, self.batch = self.batch, []
             try:
                 pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
-                for args, options, _ in batch:
-                    # Adds it. The pipeline's execute_command ends in this, too, if not under WATCH.
-                    pipeline.pipeline_execute_command(*args, **options)
+                for args, options in batch:
+                    pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)
-            except BaseException as error:  # whatever it is, nobody is left waiting
+            except BaseException as error:  # whatever it is, it becomes a RedisError for each
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
-            for (_, _, future), reply in zip(batch, replies):
-                if future.done():  # its request was cancelled
-                    continue
-                if isinstance(reply, RedisError):
-                    future.set_exception(reply)
-                else:
-                    future.set_result(reply)
-            if any(isinstance(reply, RedisError) for reply in replies):
+            if any(isinstance(reply, Exception) for reply in replies):
                 # After a failover, the connection may lead to a replica, which refuses writes. So
                 # after any error, the next batch connects anew, to whatever machine REDIS_HOST
                 # means by then. What has failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
+            return replies
 
 
 async def connect() -> Redis:
@@ -449,13 +448,12 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # Redis's protocol has versions 2 and 3. With 3, redis-py 8 does not notice that Redis has
-        # closed a connection, as it does at a restart, and the next request gets 503.
+        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis was
+        # restarted, and the next request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
-        # own. A frozen Redis lets clients connect, but sends no reply to their first command.
-        socket_connect_timeout=0.8,  # if Redis is out of reach (1.6 for two)
-        socket_timeout=1.5,  # if it is frozen (3 for two)
+        # Seconds until a batch fails. A command may wait for two: the batch under way, and its own.
+        socket_connect_timeout=0.8,  # Redis cannot be reached
+        socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times
     )
     try:

@@ -366,7 +366,7 @@ def test_prediction_of_a_model_that_misbehaves_is_failed(api, monkeypatch, caplo
     response = predict(api)
     assert (response.status_code, response.json()) == (500, {"detail": "Prediction failed."})
     assert time.monotonic() - start < 0.8
-    assert re.search("Traceback|Stack", caplog.text) or "printed" in name
+    assert "Traceback" in caplog.text or "printed" in name
     path = accept(api)
     output = {"status": "failed", "input": "Some input data", "result": None}
     done = {"prediction_id": path.split("/")[-1], "status": "failed", "output": output}

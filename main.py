@@ -9,7 +9,7 @@ Predictions are kept in Redis, a server that stores values under keys; without o
 imitates it in the memory of this process. A prediction has up to three keys:
 
     prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    the worker that is making an attempt, by its random name, 5f0c...
+    prediction:1b9d...:lease    the random name of the worker that is making an attempt, 5f0c...
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
@@ -18,8 +18,8 @@ the output says "failed".
 
 If the worker is killed, there is no output, and the lease expires soon after the time limit of an
 attempt. The next GET of that prediction, at any worker, answers "still processing" and starts
-another attempt; so the model may run more than once. After PREDICTION_ATTEMPTS attempts, that GET
-stores "failed" instead.
+another attempt, so the model may run more than once. If PREDICTION_ATTEMPTS attempts have been
+made, it stores "failed" instead.
 """
 
 import asyncio
@@ -123,7 +123,7 @@ TOO_LARGE = answer("Content Too Large")
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
-    400: answer("There was an error parsing the body"),  # from FastAPI, if it is not UTF-8, say
+    400: answer("There was an error parsing the body"),  # for example if it is not UTF-8
     413: TOO_LARGE,
     422: {"model": Invalid, "description": "The request is not valid."},
     500: answer("Prediction failed."),
@@ -143,9 +143,10 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
-    # By now, uvicorn has finished all requests and background tasks, or has cancelled those that
-    # took longer than its --timeout-graceful-shutdown; then clients that wait in a POST get 500.
-    await asyncio.sleep(0.2)  # time for in_background to delete the leases of cancelled attempts
+    # By now, uvicorn has finished all requests and background tasks. Or, with its option
+    # --timeout-graceful-shutdown, it has cancelled those that took longer: clients that wait in a
+    # POST get 500, and in_background deletes the leases of attempts, for which it has this time.
+    await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
 
@@ -156,8 +157,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-# A larger body gets 413, from FastAPI 0.164 on. (Some versions refuse this as an argument above.)
-app.router.max_body_size = 1_000_000  # bytes
+# Bytes. A larger body gets 413. (FastAPI before 0.164 ignores this, or refuses it as an argument.)
+app.router.max_body_size = 1_000_000
 
 
 @app.get("/")
@@ -241,8 +242,8 @@ async def accept(redis: Redis, key: str, text: str) -> None:
 async def take_lease(redis: Redis, key: str) -> bool:
     """Take the lease for this worker, unless there is one; return whether that worked.
 
-    It lasts a second longer than an attempt may, which is time to store the output. Once there is
-    an output, the lease means nothing, so it is left to run out.
+    It lasts a second longer than an attempt may take: time to store the output. Once there is an
+    output, the lease means nothing, and is left to run out.
     """
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
     return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
@@ -276,12 +277,13 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if output_json or not record_json:
         return  # it is finished by now, or has expired
     if lease != WORKER:
-        # Subtle: this worker was frozen until its lease ran out, and another worker has taken the
-        # next. If that one is making the last attempt allowed, we must not store "failed" here.
+        # Subtle: this worker was frozen between the two commands above, and its lease ran out.
+        # Another worker has the next lease, and may be making the last attempt. So this one must
+        # not store "failed" now.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
-        record.attempt += 1  # stored before the model runs, so that it counts if that kills us
+        record.attempt += 1  # stored before the model runs, and counts if it kills this worker
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
         result = await run_model(key, record.input)
     else:
@@ -321,14 +323,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, it may notice the time-out before a result that is there.
+            # A process that was frozen may notice the time-out before it notices a result.
             await asyncio.wait({task}, timeout=0.1)
     finally:
-        task.cancel()  # does nothing if it is done
+        task.cancel()  # takes effect later, and not if it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it has not ended. CancelledError: the model has cancelled its own task.
+        # InvalidStateError: it is not done. CancelledError: the model has called cancel() of this
+        # task, and then returned.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -362,7 +365,7 @@ async def in_background(
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        with suppress(RedisError):  # fakeredis always raises it, since it cannot run scripts
+        with suppress(RedisError):  # which fakeredis always raises here: it cannot run scripts
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
         raise
 
@@ -376,7 +379,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out the input. FastAPI would repeat it, and fail if it is NaN, which is not JSON."""
+    """Leave out what was sent. FastAPI would repeat it, and fail if it is NaN, unknown to JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)
 
@@ -384,10 +387,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands join the next. Everything else would run with redis-py's
-    plain Redis and its pool of connections, too. But that took 1.7 times the processor time for
-    POSTs side by side. And with 8, 32 and 100 connections, some of 2,000 requests at once failed,
-    or were told only after more than 5 s that Redis was frozen.
+    While a batch is under way, commands join the next. The rest of this file would also work with
+    redis-py's plain Redis, which has a pool of connections. But that took 1.7 times the processor
+    time for POSTs side by side. And with 8, 32 or 100 connections, 2,000 requests at once did not
+    all succeed or, when Redis was frozen, did not all get their 503 within 5 s.
 
     This client is not suited to commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -401,7 +404,7 @@ class BatchingRedis(Redis):
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set() and mget(), all call this."""
-        if not self.batch:
+        if not self.batch:  # this is the first of the next batch
             self.sending = asyncio.create_task(self.send_batch())
         position = len(self.batch)
         self.batch.append((args, options))
@@ -411,8 +414,8 @@ class BatchingRedis(Redis):
         return replies[position]
 
     async def send_batch(self) -> List[Any]:
-        """Send what has been collected when it is this batch's turn; return the replies."""
-        async with self.turn:
+        """Send the next batch when no other is under way; return the replies, in order."""
+        async with self.turn:  # until then, commands join this batch
             batch, self.batch = self.batch, []
             try:
                 pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
@@ -451,7 +454,8 @@ async def connect() -> Redis:
         # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis was
         # restarted, and the next request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may wait for two: the batch under way, and its own.
+        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
+        # own.
         socket_connect_timeout=0.8,  # Redis cannot be reached
         socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times

@@ -1,7 +1,7 @@
 """Every promise of the API, kept to a client that talks HTTP to a live server.
 
-First the promises, as stories; then the contract, the edges, settings and documents, and the
-walkthrough. What the tests are made of comes last.
+First the promises, as stories; then the contract, the edges, the settings and the walkthrough. What
+the tests are made of comes last. (What the documents say is checked in .ci/run.)
 
 `api` is the URL of a server in a thread of this process, where a test can change the settings and
 the model. `start_worker` starts one as a process, which can be killed. Both keep predictions in
@@ -654,7 +654,7 @@ def test_whatever_fails_in_a_batch_nobody_is_left_waiting(store, monkeypatch, er
     assert with_client(store.port, run)
 
 
-# --- Settings and documents -------------------------------------------------------------------
+# --- Settings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -696,32 +696,6 @@ def test_lowest_settings_are_accepted():
     lowest = {"REDIS_HOST": "h", "REDIS_PORT": 1, "PREDICTION_LATENCY": 0}
     lowest.update(PREDICTION_TIMEOUT=0.001, PREDICTION_ATTEMPTS=1, PREDICTION_TTL=1)
     main.Settings(_env_file=None, **lowest)
-
-
-def test_openapi_declares_every_status_with_its_model(api):
-    declared = {}
-    for operations in requests.get(f"{api}/openapi.json").json()["paths"].values():
-        for operation in operations.values():
-            for status, response in operation["responses"].items():
-                schema = response["content"][JSON]["schema"]["$ref"].rsplit("/", 1)[1]
-                headers = "".join(f" {name}" for name in response.get("headers", {}))
-                declared[f"{operation['operationId']} {status}"] = schema + headers
-    assert declared == {
-        "read_root 200": "Message",
-        "read_favicon 200": "Message",
-        "create_prediction 200": "Prediction",
-        "create_prediction 202": "Accepted Location",
-        "create_prediction 400": "Detail",
-        "create_prediction 413": "Detail",
-        "create_prediction 422": "Invalid",
-        "create_prediction 500": "Detail",
-        "create_prediction 503": "Detail Retry-After",
-        "read_prediction 200": "Prediction",
-        "read_prediction 202": "Detail Retry-After",
-        "read_prediction 404": "Detail",
-        "read_prediction 422": "Invalid",
-        "read_prediction 503": "Detail Retry-After",
-    }
 
 
 # --- The walkthrough --------------------------------------------------------------------------

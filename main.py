@@ -19,7 +19,8 @@ the output says "failed".
 If the worker is killed, there is no output, and the lease expires soon after the time limit of an
 attempt. The next GET of that prediction, at any worker, answers "still processing" and starts
 another attempt, so the model may run more than once. If PREDICTION_ATTEMPTS attempts have been
-made, it stores "failed" instead.
+made, it stores "failed" instead. (A client that waits learns the id only with the output. If the
+worker is killed before, it has to send its input again.)
 """
 
 import asyncio
@@ -144,8 +145,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
     # By now, uvicorn has finished all requests and background tasks. Or, with its option
-    # --timeout-graceful-shutdown, it has cancelled those that took longer: clients that wait in a
-    # POST get 500, and in_background deletes the leases of attempts, for which it has this time.
+    # --timeout-graceful-shutdown, it has cancelled those that took longer. Then clients that wait
+    # get 500, and in_background hands back its attempts, while we sleep.
     await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
@@ -157,7 +158,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
 )
-# Bytes. A larger body gets 413. (FastAPI before 0.164 ignores this, or refuses it as an argument.)
+# In bytes. A larger body gets 413. FastAPI before 0.164 ignores this. (As an argument of FastAPI()
+# above, some versions would refuse it.)
 app.router.max_body_size = 1_000_000
 
 
@@ -270,15 +272,15 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt at a prediction, if this worker gets the lease and one is left."""
+    """Make another attempt, if this worker gets the lease and an attempt is left."""
     if not await take_lease(redis, key):
         return  # another attempt is being made
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json or not record_json:
         return  # it is finished by now, or has expired
     if lease != WORKER:
-        # Subtle: this worker was frozen between the two commands above, and its lease ran out.
-        # Another worker has the next lease, and may be making the last attempt. So this one must
+        # Subtle: this worker was frozen between the two commands above, until its lease ran out.
+        # Another worker may have the next lease, and be making the last attempt. So this one must
         # not store "failed" now.
         return
     record = Record.model_validate_json(record_json)
@@ -323,15 +325,14 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # A process that was frozen may notice the time-out before it notices a result.
+            # If this process was frozen, a result may be due as well as the time-out: prefer it.
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # takes effect later, and not if it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model has called cancel() of this
-        # task, and then returned.
+        # InvalidStateError: it is not done. CancelledError: the model has cancelled this task.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -365,7 +366,7 @@ async def in_background(
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        with suppress(RedisError):  # which fakeredis always raises here: it cannot run scripts
+        with suppress(RedisError):  # fakeredis, for one, cannot run scripts
             await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
         raise
 
@@ -389,8 +390,8 @@ class BatchingRedis(Redis):
 
     While a batch is under way, commands join the next. The rest of this file would also work with
     redis-py's plain Redis, which has a pool of connections. But that took 1.7 times the processor
-    time for POSTs side by side. And with 8, 32 or 100 connections, 2,000 requests at once did not
-    all succeed or, when Redis was frozen, did not all get their 503 within 5 s.
+    time for POSTs side by side. And with 8, 32 or 100 connections, some of 2,000 requests at once
+    failed or, when Redis was frozen, got their 503 only after more than 5 s.
 
     This client is not suited to commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -425,9 +426,10 @@ class BatchingRedis(Redis):
             except BaseException as error:  # whatever it is, it becomes a RedisError for each
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
             if any(isinstance(reply, Exception) for reply in replies):
-                # After a failover, the connection may lead to a replica, which refuses writes. So
-                # after any error, the next batch connects anew, to whatever machine REDIS_HOST
-                # means by then. What has failed is not sent again.
+                # After a failover, in which another machine takes over from a Redis, the connection
+                # may still lead to the old one, which refuses writes. So after any error, the next
+                # batch connects anew, to whatever machine REDIS_HOST means by then. What has failed
+                # is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
             return replies
@@ -451,8 +453,8 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis was
-        # restarted, and the next request gets 503.
+        # The version of Redis's protocol. With 2, redis-py notices that Redis was restarted, and
+        # connects anew. With 3, redis-py 8 does not, and a request gets 503.
         protocol=2,
         # Seconds until a batch fails. A command may wait for two batches, the one under way and its
         # own.

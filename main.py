@@ -9,7 +9,7 @@ Predictions are kept in Redis, a server that stores values under keys; without o
 imitates it in the memory of this process. A prediction has up to three keys:
 
     prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    the random name of the worker that is making an attempt, 5f0c...
+    prediction:1b9d...:lease    5f0c.../77ab..., names for a worker and the attempt it is making
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
 
 
 settings = Settings()
-WORKER = uuid4().hex.encode()  # a random name for this process; bytes, as Redis's replies are
+WORKER = uuid4().hex  # a random name for this process
 
 # --- What clients send and receive, as JSON ---------------------------------------------------
 
@@ -241,14 +241,15 @@ async def accept(redis: Redis, key: str, text: str) -> None:
     )
 
 
-async def take_lease(redis: Redis, key: str) -> bool:
-    """Take the lease for this worker, unless there is one; return whether that worked.
+async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
+    """Take the lease for an attempt of this worker; return it, or None if there is one already.
 
     It lasts a second longer than an attempt may take: time to store the output. Once there is an
     output, the lease means nothing, and is left to run out.
     """
+    lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    return bool(await redis.set(f"{key}:lease", WORKER, nx=True, px=milliseconds))
+    return lease if await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds) else None
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
@@ -273,15 +274,16 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt, if this worker gets the lease and an attempt is left."""
-    if not await take_lease(redis, key):
+    lease = await take_lease(redis, key)
+    if not lease:
         return  # another attempt is being made
-    record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+    record_json, current_lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json or not record_json:
         return  # it is finished by now, or has expired
-    if lease != WORKER:
+    if current_lease != lease:
         # Subtle: this worker was frozen between the two commands above, until its lease ran out.
-        # Another worker may have the next lease, and be making the last attempt. So this one must
-        # not store "failed" now.
+        # The next one may have been taken for the last attempt, which is being made. So "failed"
+        # must not be stored now.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
@@ -349,8 +351,11 @@ async def call_model(key: str, text: str) -> Optional[str]:
         return None
 
 
-# A script, which Redis runs as one command: delete the key KEYS[1] if its value is ARGV[1].
-DELETE_IF_EQUAL = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
+# A script, which Redis runs as one command: delete the lease KEYS[1] if it names worker ARGV[1].
+GIVE_UP_LEASE = """
+local lease = redis.call('get', KEYS[1])
+if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
+"""
 
 
 async def in_background(
@@ -367,7 +372,7 @@ async def in_background(
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
         with suppress(RedisError):  # fakeredis, for one, cannot run scripts
-            await redis.eval(DELETE_IF_EQUAL, 1, f"{key}:lease", WORKER)  # 1 key, 1 argument
+            await redis.eval(GIVE_UP_LEASE, 1, f"{key}:lease", WORKER)  # 1 key, 1 other argument
         raise
 
 
@@ -458,7 +463,7 @@ async def connect() -> Redis:
         protocol=2,
         # Seconds until a batch fails. A command may wait for two batches, the one under way and its
         # own.
-        socket_connect_timeout=0.8,  # Redis cannot be reached
+        socket_connect_timeout=0.7,  # Redis cannot be reached
         socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times
     )

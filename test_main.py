@@ -212,7 +212,7 @@ def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api,
     assert pending.headers["Retry-After"] == "1"
     record = {"status": "processing", "input": "Some input data", "attempt": 1}
     assert store.record(path) == record
-    assert store.get(path, ":lease") == main.WORKER.decode()
+    assert store.get(path, ":lease").startswith(f"{main.WORKER}/")
     assert store.get(path, ":output") is None
     models.finish(0, "Done")
     output = {"status": "completed", "input": "Some input data", "result": "Done"}
@@ -407,7 +407,7 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models, monkeypatc
     models.finish(0, "Done")
     assert poll(api, path)["output"]["result"] == "Done"
     wait_for_attempts()
-    assert taken.count(True) == 1
+    assert len(taken) - taken.count(None) == 1
     assert models.inputs == ["orphan"]
     assert store.record(path) == {"status": "processing", "input": "orphan", "attempt": 2}
 
@@ -421,7 +421,7 @@ MEANWHILE = {  # what happens before or after a worker takes the lease; attempts
     "another has it": ("before", lambda store, path: store.lease(path, "another"), 1),
     "the output arrives": ("before", lambda store, path: store.set(path, ":output", "{}"), 1),
     "the prediction expires": ("before", lambda store, path: store.expire(path), None),
-    "a freeze": ("after", lambda store, path: store.lease(path, "another"), 1),
+    "a freeze": ("after", lambda store, path: store.lease(path, f"{main.WORKER}/next"), 1),
     "a freeze, and another makes the last": ("after", make_last_attempt, 3),
 }
 

@@ -12,15 +12,16 @@ imitates it in the memory of this process. A prediction has up to three keys:
     prediction:1b9d...:lease    5f0c.../77ab..., names for a worker and the attempt it is making
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker, a process that runs this file, accepts a prediction by writing its record and its lease.
-Then it runs the model and stores the output, which is final. If the model raises or takes too long,
+A worker, a process that runs this file, accepts a prediction by writing its record and its lease. A
+lease says that somebody is at work, and expires soon after the time limit of an attempt. Then the
+worker runs the model and stores the output, which is final. If the model raises or takes too long,
 the output says "failed".
 
-If the worker is killed, there is no output, and the lease expires soon after the time limit of an
-attempt. The next GET of that prediction, at any worker, answers "still processing" and starts
-another attempt, so the model may run more than once. If PREDICTION_ATTEMPTS attempts have been
-made, it stores "failed" instead. (A client that waits learns the id only with the output. If the
-worker is killed before, it has to send its input again.)
+If the worker is killed, there is no output, and before long no lease. The next GET after that, at
+any worker, answers "still processing" and starts another attempt, so the model may run more than
+once. If PREDICTION_ATTEMPTS attempts have been made, that worker stores "failed" instead. (A client
+that waits learns the id only with the output. If its worker is killed, it has to send its input
+again.)
 """
 
 import asyncio
@@ -145,8 +146,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
     # By now, uvicorn has finished all requests and background tasks. Or, with its option
-    # --timeout-graceful-shutdown, it has cancelled those that took longer. Then clients that wait
-    # get 500, and in_background hands back its attempts, while we sleep.
+    # --timeout-graceful-shutdown, it has cancelled those that took longer: clients that wait get
+    # 500, and in_background deletes the leases of its attempts, for which it needs a moment.
     await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
@@ -176,8 +177,8 @@ async def read_favicon() -> Message:
 
 
 # FastAPI fills in the arguments: body from the JSON that was sent, tasks with an empty
-# BackgroundTasks, a Header with the header of that name or else False. It sends a Prediction (the
-# response_model) with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
+# BackgroundTasks, async_mode from the header of that name, or else with False. It sends a Prediction
+# (the response_model) with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
@@ -191,6 +192,7 @@ async def create_prediction(
     key = f"prediction:{prediction_id}"
     await accept(redis, key, body.input)  # if this raises RedisError, answer_unavailable sends 503
     if async_mode or hyphenated:
+        # in_background calls make_attempt(redis, key, body.input), and handles errors.
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         headers = {"Location": f"/predict/{prediction_id}"}
@@ -244,8 +246,8 @@ async def accept(redis: Redis, key: str, text: str) -> None:
 async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
     """Take the lease for an attempt of this worker; return it, or None if there is one already.
 
-    It lasts a second longer than an attempt may take: time to store the output. Once there is an
-    output, the lease means nothing, and is left to run out.
+    It lasts a second longer than an attempt may take, which is usually enough to store the output.
+    Once there is an output, the lease means nothing, and is left to run out.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -282,12 +284,12 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         return  # it is finished by now, or has expired
     if current_lease != lease:
         # Subtle: this worker was frozen between the two commands above, until its lease ran out.
-        # The next one may have been taken for the last attempt, which is being made. So "failed"
+        # Another attempt, perhaps the last, may be under way with a lease of its own. So "failed"
         # must not be stored now.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
-        record.attempt += 1  # stored before the model runs, and counts if it kills this worker
+        record.attempt += 1  # stored first, so that it counts if the model kills this worker
         await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
         result = await run_model(key, record.input)
     else:
@@ -327,14 +329,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, a result may be due as well as the time-out: prefer it.
+            # If this process was frozen, time-out and result may come together: prefer the result.
             await asyncio.wait({task}, timeout=0.1)
     finally:
-        task.cancel()  # takes effect later, and not if it is done
+        task.cancel()  # asks it to stop, unless it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model has cancelled this task.
+        # InvalidStateError: it is not done. CancelledError: the model has cancelled this task and
+        # returned all the same, which asyncio counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -385,7 +388,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out what was sent. FastAPI would repeat it, and fail if it is NaN, unknown to JSON."""
+    """Leave out what was sent. FastAPI would repeat it, and fail at a NaN, which JSON lacks."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)
 
@@ -395,8 +398,8 @@ class BatchingRedis(Redis):
 
     While a batch is under way, commands join the next. The rest of this file would also work with
     redis-py's plain Redis, which has a pool of connections. But that took 1.7 times the processor
-    time for POSTs side by side. And with 8, 32 or 100 connections, some of 2,000 requests at once
-    failed or, when Redis was frozen, got their 503 only after more than 5 s.
+    time under load. And a pool of 8, 32 or 100 connections either failed some of 2,000 requests at
+    once, or took more than 5 s to tell them all that Redis was frozen.
 
     This client is not suited to commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -414,7 +417,7 @@ class BatchingRedis(Redis):
             self.sending = asyncio.create_task(self.send_batch())
         position = len(self.batch)
         self.batch.append((args, options))
-        replies = await asyncio.shield(self.sending)  # which goes on if this request is cancelled
+        replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
             raise replies[position]
         return replies[position]
@@ -431,10 +434,10 @@ class BatchingRedis(Redis):
             except BaseException as error:  # whatever it is, it becomes a RedisError for each
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
             if any(isinstance(reply, Exception) for reply in replies):
-                # After a failover, in which another machine takes over from a Redis, the connection
-                # may still lead to the old one, which refuses writes. So after any error, the next
-                # batch connects anew, to whatever machine REDIS_HOST means by then. What has failed
-                # is not sent again.
+                # After a failover, in which a copy of Redis on another machine takes over, this
+                # connection may still lead to the old machine, which refuses writes. So after any
+                # error, the next batch connects anew, to the machine that REDIS_HOST names by then.
+                # What has failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
             return replies

@@ -177,8 +177,8 @@ async def read_favicon() -> Message:
 
 
 # FastAPI fills in the arguments: body from the JSON that was sent, tasks with an empty
-# BackgroundTasks, async_mode from the header of that name, or else with False. It sends a Prediction
-# (the response_model) with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
+# BackgroundTasks, async_mode from the header of that name, or else with False. It sends a
+# Prediction with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,

@@ -6,22 +6,21 @@ A client waits for its prediction, or has it made in the background and polls fo
 purpose: authentication, rate limits, a task queue.
 
 Predictions are kept in Redis, a server that stores values under keys; without one, fakeredis
-imitates it in the memory of this process. A prediction has up to three keys:
+imitates it in this process. A prediction has up to three keys:
 
     prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    5f0c.../77ab..., names for a worker and the attempt it is making
+    prediction:1b9d...:lease    5f0c.../77ab..., random names of a worker and its attempt
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker, a process that runs this file, accepts a prediction by writing its record and its lease. A
+A worker (a process running this file) accepts a prediction by storing its record and a lease. A
 lease says that somebody is at work, and expires soon after the time limit of an attempt. Then the
-worker runs the model and stores the output, which is final. If the model raises or takes too long,
-the output says "failed".
+worker runs the model and stores the output, which is final: "failed" if the model raises or takes
+too long.
 
-If the worker is killed, there is no output, and before long no lease. The next GET after that, at
-any worker, answers "still processing" and starts another attempt, so the model may run more than
-once. If PREDICTION_ATTEMPTS attempts have been made, that worker stores "failed" instead. (A client
-that waits learns the id only with the output. If its worker is killed, it has to send its input
-again.)
+If the worker is killed, the lease expires without an output. The next GET after that, at any
+worker, answers "still processing" and starts another attempt, so the model may run more than once.
+After PREDICTION_ATTEMPTS attempts, it stores "failed" instead. (A client that waits has no id yet,
+and must send its input again.)
 """
 
 import asyncio
@@ -41,15 +40,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's own log; not only errors, despite the name
+logger = logging.getLogger("uvicorn.error")  # uvicorn's log, not just errors
 
-# --- Settings: from the environment, else from .env beside this file, else these defaults -----
+# --- Settings: from the environment, else .env beside this file, else these defaults ----------
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=pathlib.Path(__file__).with_name(".env"),
-        env_file_encoding="utf-8-sig",  # with or without a byte order mark
+        env_file_encoding="utf-8-sig",  # also with a byte order mark
         extra="ignore",
     )
 
@@ -59,13 +58,13 @@ class Settings(BaseSettings):
     REDIS_PASSWORD: SecretStr = SecretStr("")
     REDIS_TLS: bool = False
     PREDICTION_LATENCY: float = Field(default=2, ge=0, le=86400)  # seconds that mock_model takes
-    PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds for an attempt
+    PREDICTION_TIMEOUT: float = Field(default=10, ge=0.001, le=86400)  # seconds per attempt
     PREDICTION_ATTEMPTS: int = Field(default=3, ge=1, le=1000)
-    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds until it is forgotten
+    PREDICTION_TTL: int = Field(default=86400, ge=1, le=10**9)  # seconds until forgotten
 
 
 settings = Settings()
-WORKER = uuid4().hex  # a random name for this process
+WORKER = uuid4().hex  # a name for this process
 
 # --- What clients send and receive, as JSON ---------------------------------------------------
 
@@ -100,7 +99,7 @@ class Message(BaseModel):
     message: str
 
 
-# --- What the docs page, /docs, says about answers other than 200. You may skip this. ----------
+# --- What /docs says about answers other than 200. You may skip this. -------------------------
 
 
 class Detail(BaseModel):
@@ -121,11 +120,11 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# Or plain text, if the header Content-Length already says that the body is too large:
+# It is plain text if the header Content-Length is over the limit already:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
-    400: answer("There was an error parsing the body"),  # for example if it is not UTF-8
+    400: answer("There was an error parsing the body"),  # such as invalid UTF-8
     413: TOO_LARGE,
     422: {"model": Invalid, "description": "The request is not valid."},
     500: answer("Prediction failed."),
@@ -144,10 +143,10 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # serve requests until told to stop (Ctrl+C, SIGTERM)
-    # By now, uvicorn has finished all requests and background tasks. Or, with its option
-    # --timeout-graceful-shutdown, it has cancelled those that took longer: clients that wait get
-    # 500, and in_background deletes the leases of its attempts, for which it needs a moment.
+    yield  # serve until Ctrl+C or SIGTERM
+    # By now, uvicorn has finished all requests and background tasks. If it has a limit for that,
+    # --timeout-graceful-shutdown, it has cancelled the rest: clients that wait get 500, and
+    # in_background needs a moment to delete leases.
     await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
@@ -157,10 +156,9 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    generate_unique_id_function=lambda route: route.name,  # operation ids, for generated clients
+    generate_unique_id_function=lambda route: route.name,
 )
-# In bytes. A larger body gets 413. FastAPI before 0.164 ignores this. (As an argument of FastAPI()
-# above, some versions would refuse it.)
+# In bytes; more get 413. FastAPI before 0.164 ignores this.
 app.router.max_body_size = 1_000_000
 
 
@@ -176,21 +174,21 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
-# FastAPI fills in the arguments: body from the JSON that was sent, tasks with an empty
-# BackgroundTasks, async_mode from the header of that name, or else with False. It sends a
-# Prediction with status 200, and a JSONResponse as it is. Then it runs what is in tasks.
+# FastAPI fills in body from JSON, async_mode from a header and tasks with an empty list; if the
+# request is not valid, it calls answer_invalid instead. It sends a Prediction with status 200, and
+# a JSONResponse as it is. Then it runs tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same header by another name, since proxies such as nginx drop names with "_".
+    # The same header, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    await accept(redis, key, body.input)  # if this raises RedisError, answer_unavailable sends 503
+    await accept(redis, key, body.input)  # on RedisError, answer_unavailable sends 503
     if async_mode or hyphenated:
         # in_background calls make_attempt(redis, key, body.input), and handles errors.
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
@@ -223,8 +221,8 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# redis.set() takes ex or px, the seconds or milliseconds until the key is deleted, and nx=True: set
-# it only if it does not exist, so that only one of many workers succeeds. Replies are bytes.
+# In redis.set(), ex or px is the key's life in seconds or milliseconds; nx=True sets it only if it
+# does not exist, so only one of many workers succeeds. Replies are bytes.
 # See https://redis.io/docs/latest/commands/set/
 
 
@@ -235,19 +233,19 @@ class Record(BaseModel):
 
 
 async def accept(redis: Redis, key: str, text: str) -> None:
-    """Store the record of a new prediction and take its lease, in one round trip."""
+    """Store a new prediction's record and take its lease, in one round trip."""
     record = Record(input=text).model_dump_json()
-    await asyncio.gather(  # our client, BatchingRedis, sends both together
+    await asyncio.gather(  # BatchingRedis sends both together
         take_lease(redis, key),
         redis.set(key, record, ex=settings.PREDICTION_TTL),
     )
 
 
 async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
-    """Take the lease for an attempt of this worker; return it, or None if there is one already.
+    """Take the lease and return it, or None if there is one already.
 
     It lasts a second longer than an attempt may take, which is usually enough to store the output.
-    Once there is an output, the lease means nothing, and is left to run out.
+    Once there is an output, the lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -255,10 +253,10 @@ async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
-    """Run the model and store its output; return the one that was stored first.
+    """Run the model and store its output; return the output that was stored first.
 
-    Raise RedisError if it cannot be stored: a waiting client gets a 503; for one that polls,
-    another attempt is made later.
+    Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
+    attempt follows.
     """
     return await store_output(redis, key, text, await run_model(key, text))
 
@@ -271,21 +269,20 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
     if await redis.set(f"{key}:output", output_json, nx=True, ex=settings.PREDICTION_TTL):
         return output
     first = await redis.get(f"{key}:output")
-    return Output.model_validate_json(first or output_json)  # the first may have expired
+    return Output.model_validate_json(first or output_json)  # it may have expired
 
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt, if this worker gets the lease and an attempt is left."""
+    """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
     lease = await take_lease(redis, key)
     if not lease:
         return  # another attempt is being made
     record_json, current_lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json or not record_json:
-        return  # it is finished by now, or has expired
+        return  # finished by now, or expired
     if current_lease != lease:
-        # Subtle: this worker was frozen between the two commands above, until its lease ran out.
-        # Another attempt, perhaps the last, may be under way with a lease of its own. So "failed"
-        # must not be stored now.
+        # Subtle: this worker was frozen between the two commands, until its lease ran out.
+        # Another attempt, perhaps the last, may be under way, so "failed" must not be stored.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
@@ -305,13 +302,13 @@ async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
     A model that blocks has to run in a thread, or all requests wait for it. Above this function,
-    load its weights and create a pool of threads for it alone:
+    load it and create threads for it alone:
 
         from concurrent.futures import ThreadPoolExecutor
         threads = ThreadPoolExecutor(4)
 
-    In this function, let one of them run the model. Waiting for a free thread counts towards
-    PREDICTION_TIMEOUT, and after a time-out, the thread goes on:
+    Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no time-out stops a thread. In
+    this function, run the model in one of them:
 
         return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
     """
@@ -326,35 +323,33 @@ async def run_model(key: str, text: str) -> Optional[str]:
     """Return the model's result, or None if it fails or takes longer than PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Not wait_for(), which would go on waiting for a model that ignores its cancellation.
+        # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
             # If this process was frozen, time-out and result may come together: prefer the result.
             await asyncio.wait({task}, timeout=0.1)
     finally:
-        task.cancel()  # asks it to stop, unless it is done
+        task.cancel()  # asks it to stop, unless done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model has cancelled this task and
-        # returned all the same, which asyncio counts as cancelled.
+        # It is not done; or the model has cancelled its own task.
         logger.exception("%s: no result from the model", key)
         return None
 
 
 async def call_model(key: str, text: str) -> Optional[str]:
-    """Return the model's result, or None if it raises, is cancelled, or does not return text."""
     try:
         result = await mock_model(text)
-        result.encode()  # raises unless it is text that can be stored
+        result.encode()  # raises unless it is valid text
         return result
     except BaseException:  # also SystemExit, which would end this worker
-        with suppress(BaseException):  # an odd exception may fail to be printed
+        with suppress(BaseException):  # some exceptions cannot be printed
             logger.exception("%s: the model has failed", key)
         return None
 
 
-# A script, which Redis runs as one command: delete the lease KEYS[1] if it names worker ARGV[1].
+# Redis runs this script as one command: delete lease KEYS[1] if it names worker ARGV[1].
 GIVE_UP_LEASE = """
 local lease = redis.call('get', KEYS[1])
 if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
@@ -366,8 +361,8 @@ async def in_background(
 ) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
-    If uvicorn cancels it in order to end this worker, delete the lease, so that the next GET starts
-    another attempt at once. But leave the lease of another worker, which may have taken it by now.
+    If uvicorn cancels it, delete the lease (unless another worker has it by now), so that the next
+    GET starts another attempt at once.
     """
     try:
         await attempt(redis, key, *args)
@@ -375,7 +370,7 @@ async def in_background(
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
         with suppress(RedisError):  # fakeredis, for one, cannot run scripts
-            await redis.eval(GIVE_UP_LEASE, 1, f"{key}:lease", WORKER)  # 1 key, 1 other argument
+            await redis.eval(GIVE_UP_LEASE, 1, f"{key}:lease", WORKER)  # 1 key
         raise
 
 
@@ -397,22 +392,22 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     While a batch is under way, commands join the next. The rest of this file would also work with
-    redis-py's plain Redis, which has a pool of connections. But that took 1.7 times the processor
-    time under load. And a pool of 8, 32 or 100 connections either failed some of 2,000 requests at
-    once, or took more than 5 s to tell them all that Redis was frozen.
+    redis-py's plain Redis and its pool of connections. But that took 1.7 times the processor time
+    under load. And a pool of 8, 32 or 100 connections let some of 2,000 simultaneous requests fail,
+    or took more than 5 s to tell all of them that Redis was frozen.
 
-    This client is not suited to commands that block, such as BLPOP.
+    Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # the commands that the next batch will send
+        self.batch: List[Any] = []  # the commands of the next batch
         self.sending: Any = None  # the task that will send it
-        self.turn = asyncio.Lock()  # held by the batch that is under way
+        self.turn = asyncio.Lock()  # held by the batch under way
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Execute a command. redis-py's methods, such as set() and mget(), all call this."""
+        """Execute a command. redis-py's methods, such as set(), all call this."""
         if not self.batch:  # this is the first of the next batch
             self.sending = asyncio.create_task(self.send_batch())
         position = len(self.batch)
@@ -423,30 +418,29 @@ class BatchingRedis(Redis):
         return replies[position]
 
     async def send_batch(self) -> List[Any]:
-        """Send the next batch when no other is under way; return the replies, in order."""
+        """Send the next batch in its turn; return the replies, in order."""
         async with self.turn:  # until then, commands join this batch
             batch, self.batch = self.batch, []
             try:
-                pipeline = self.pipeline(transaction=False)  # of redis-py, to send all at once
+                pipeline = self.pipeline(transaction=False)
                 for args, options in batch:
                     pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
                 replies: List[Any] = await pipeline.execute(raise_on_error=False)
-            except BaseException as error:  # whatever it is, it becomes a RedisError for each
+            except BaseException as error:  # whatever it is, everyone gets a RedisError
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
             if any(isinstance(reply, Exception) for reply in replies):
-                # After a failover, in which a copy of Redis on another machine takes over, this
-                # connection may still lead to the old machine, which refuses writes. So after any
-                # error, the next batch connects anew, to the machine that REDIS_HOST names by then.
-                # What has failed is not sent again.
+                # After a failover to a copy of Redis, this connection may still lead to the old
+                # machine, which refuses writes. So after any error, the next batch connects anew,
+                # to what REDIS_HOST names by then. What failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
             return replies
 
 
 async def connect() -> Redis:
-    """Return a client of Redis, or of fakeredis if REDIS_HOST is not set and nothing answers."""
+    """Return a client of Redis, or fakeredis if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or in .env
+    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or .env
     if not is_set and not await accepts_connections(settings.REDIS_HOST, settings.REDIS_PORT):
         logger.warning(
             "No Redis answers at %s, so predictions are kept in this one process and forgotten "
@@ -461,11 +455,9 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With 2, redis-py notices that Redis was restarted, and
-        # connects anew. With 3, redis-py 8 does not, and a request gets 503.
+        # With protocol 3, redis-py 8 does not notice a restart of Redis: a request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
-        # own.
+        # Seconds until a batch fails. A command may have to wait for the batch before it as well.
         socket_connect_timeout=0.7,  # Redis cannot be reached
         socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times

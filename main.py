@@ -19,8 +19,8 @@ too long.
 
 If the worker is killed, the lease expires without an output. The next GET after that, at any
 worker, answers "still processing" and starts another attempt, so the model may run more than once.
-After PREDICTION_ATTEMPTS attempts, it stores "failed" instead. (A client that waits has no id yet,
-and must send its input again.)
+After PREDICTION_ATTEMPTS attempts, that worker stores "failed" instead. (A client that waits has no
+id yet, and must send its input again.)
 """
 
 import asyncio
@@ -120,11 +120,11 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 TOO_LARGE = answer("Content Too Large")
-# It is plain text if the header Content-Length is over the limit already:
+# It is plain text if the header Content-Length says more than max_body_size, below:
 TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
-    400: answer("There was an error parsing the body"),  # such as invalid UTF-8
+    400: answer("There was an error parsing the body"),  # not UTF-8, say; broken JSON is 422
     413: TOO_LARGE,
     422: {"model": Invalid, "description": "The request is not valid."},
     500: answer("Prediction failed."),
@@ -144,9 +144,9 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM
-    # By now, uvicorn has finished all requests and background tasks. If it has a limit for that,
-    # --timeout-graceful-shutdown, it has cancelled the rest: clients that wait get 500, and
-    # in_background needs a moment to delete leases.
+    # By now, uvicorn has finished all requests and background tasks. Or it has cancelled them when
+    # its --timeout-graceful-shutdown was over. Then it sends 500 to clients that wait, and
+    # in_background needs a moment to delete the leases of attempts.
     await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
@@ -156,9 +156,9 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    generate_unique_id_function=lambda route: route.name,
+    generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes; more get 413. FastAPI before 0.164 ignores this.
+# In bytes. For a larger body, FastAPI sends 413 (before its version 0.164, it ignores this).
 app.router.max_body_size = 1_000_000
 
 
@@ -253,7 +253,7 @@ async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
-    """Run the model and store its output; return the output that was stored first.
+    """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
     attempt follows.
@@ -269,7 +269,7 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
     if await redis.set(f"{key}:output", output_json, nx=True, ex=settings.PREDICTION_TTL):
         return output
     first = await redis.get(f"{key}:output")
-    return Output.model_validate_json(first or output_json)  # it may have expired
+    return Output.model_validate_json(first or output_json)  # the first may have expired
 
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
@@ -281,8 +281,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if output_json or not record_json:
         return  # finished by now, or expired
     if current_lease != lease:
-        # Subtle: this worker was frozen between the two commands, until its lease ran out.
-        # Another attempt, perhaps the last, may be under way, so "failed" must not be stored.
+        # Subtle: this worker was frozen between the two commands, until its lease ran out, and
+        # another attempt, perhaps the last, may be under way. So "failed" must not be stored now.
         return
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
@@ -302,15 +302,16 @@ async def mock_model(text: str) -> str:
     """Return a random result after PREDICTION_LATENCY seconds.
 
     A model that blocks has to run in a thread, or all requests wait for it. Above this function,
-    load it and create threads for it alone:
+    load it and create threads for it:
 
         from concurrent.futures import ThreadPoolExecutor
         threads = ThreadPoolExecutor(4)
 
-    Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no time-out stops a thread. In
-    this function, run the model in one of them:
+    In this function, run it in one of them:
 
         return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
+
+    Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no time-out stops a thread.
     """
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
@@ -326,14 +327,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, time-out and result may come together: prefer the result.
+            # If this process was frozen, the result may come just after the time-out: let it.
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop, unless done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done; or the model has cancelled its own task.
+        # It is not done. Or the model has cancelled its own task and then returned, which asyncio
+        # counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -393,8 +395,8 @@ class BatchingRedis(Redis):
 
     While a batch is under way, commands join the next. The rest of this file would also work with
     redis-py's plain Redis and its pool of connections. But that took 1.7 times the processor time
-    under load. And a pool of 8, 32 or 100 connections let some of 2,000 simultaneous requests fail,
-    or took more than 5 s to tell all of them that Redis was frozen.
+    under load. And with 8, 32 or 100 connections, either some of 2,000 simultaneous requests
+    failed, or some had no 503 within 5 s when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -429,9 +431,10 @@ class BatchingRedis(Redis):
             except BaseException as error:  # whatever it is, everyone gets a RedisError
                 replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
             if any(isinstance(reply, Exception) for reply in replies):
-                # After a failover to a copy of Redis, this connection may still lead to the old
-                # machine, which refuses writes. So after any error, the next batch connects anew,
-                # to what REDIS_HOST names by then. What failed is not sent again.
+                # In a failover, a copy of Redis on another machine takes over (what it has not
+                # copied yet is lost). This connection may still lead to the old machine, which
+                # refuses writes. So after any error, the next batch connects anew, to what
+                # REDIS_HOST names by then. What has failed is not sent again.
                 with suppress(BaseException):  # whatever it is, go on
                     await self.connection_pool.disconnect()
             return replies
@@ -455,9 +458,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # With protocol 3, redis-py 8 does not notice a restart of Redis: a request gets 503.
+        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis was
+        # restarted, and one request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may have to wait for the batch before it as well.
+        # Seconds until a batch fails. A command may wait for two, the one under way and its own.
         socket_connect_timeout=0.7,  # Redis cannot be reached
         socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times

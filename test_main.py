@@ -99,6 +99,7 @@ def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis
     paths = [accept(hasty.url, text) for text in "abcde"]
     redis_server.set(paths[0], ":lease", "another worker")
     hasty.stop()
+    assert hasty.log().count("Exception in ASGI application") == 5  # all have ended as cancelled
     assert [redis_server.get(path, ":lease") for path in paths] == ["another worker"] + [None] * 4
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     assert completed(api, paths[1:]) == list("bcde")
@@ -578,15 +579,16 @@ def test_batch_that_fails_in_any_way_is_503(store, api_on, monkeypatch, caplog, 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, monkeypatch, encoding):
-    text = "REDIS_USERNAME=Zoë\nPREDICTION_TTL=50\nSOMETHING=else\n"
+    text = "REDIS_USERNAME=Zoë\nREDIS_HOST=there\nSOMETHING=else\n"
     (tmp_path / ".env").write_text(text, encoding=encoding)
     shutil.copy(str(HERE / "main.py"), str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)  # it is found beside main.py, not where one happens to be
-    monkeypatch.setenv("PREDICTION_TTL", "60")
+    monkeypatch.setenv("REDIS_HOST", "here")
     settings = runpy.run_path(str(tmp_path / "main.py"))["settings"]
-    assert (settings.REDIS_USERNAME, settings.PREDICTION_TTL) == ("Zoë", 60)
+    assert (settings.REDIS_USERNAME, settings.REDIS_HOST) == ("Zoë", "here")
     assert (settings.REDIS_PORT, settings.PREDICTION_ATTEMPTS) == (6379, 3)
     assert (settings.PREDICTION_LATENCY, settings.PREDICTION_TIMEOUT) == (2, 10)
+    assert settings.PREDICTION_TTL == 24 * 60 * 60
 
 
 BAD_SETTINGS = """

@@ -148,6 +148,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # its --timeout-graceful-shutdown was over. Then it sends 500 to clients that wait, and
     # in_background needs a moment to delete the leases of attempts.
     await asyncio.sleep(0.2)
+    with suppress(RedisError):
+        await app.state.redis.ping()  # comes back after all that was sent before
     await app.state.redis.aclose()
 
 
@@ -164,7 +166,7 @@ app.router.max_body_size = 1_000_000
 
 @app.get("/")
 async def read_root() -> Message:
-    """Say welcome."""
+    """Greet the client."""
     return Message(message="Welcome to the Mock Model API!")
 
 
@@ -190,7 +192,7 @@ async def create_prediction(
     key = f"prediction:{prediction_id}"
     await accept(redis, key, body.input)  # on RedisError, answer_unavailable sends 503
     if async_mode or hyphenated:
-        # in_background calls make_attempt(redis, key, body.input), and handles errors.
+        # in_background calls make_attempt(redis, key, body.input), and logs a RedisError.
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         headers = {"Location": f"/predict/{prediction_id}"}
@@ -256,7 +258,7 @@ async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
-    attempt follows.
+    attempt follows if one is left.
     """
     return await store_output(redis, key, text, await run_model(key, text))
 
@@ -321,7 +323,7 @@ async def mock_model(text: str) -> str:
 
 
 async def run_model(key: str, text: str) -> Optional[str]:
-    """Return the model's result, or None if it fails or takes longer than PREDICTION_TIMEOUT."""
+    """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
@@ -347,7 +349,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
         return result
     except BaseException:  # also SystemExit, which would end this worker
         with suppress(BaseException):  # some exceptions cannot be printed
-            logger.exception("%s: the model has failed", key)
+            logger.exception("%s: the model has failed or was cancelled", key)
         return None
 
 
@@ -385,7 +387,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out what was sent. FastAPI would repeat it, and fail at a NaN, which JSON lacks."""
+    """Leave out what was sent. FastAPI would repeat it, and fail on NaN, which JSON has not."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)
 
@@ -406,12 +408,11 @@ class BatchingRedis(Redis):
         super().__init__(**options)
         self.batch: List[Any] = []  # the commands of the next batch
         self.sending: Any = None  # the task that will send it
-        self.turn = asyncio.Lock()  # held by the batch under way
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         if not self.batch:  # this is the first of the next batch
-            self.sending = asyncio.create_task(self.send_batch())
+            self.sending = asyncio.create_task(self.send_batch(self.sending))
         position = len(self.batch)
         self.batch.append((args, options))
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
@@ -419,25 +420,27 @@ class BatchingRedis(Redis):
             raise replies[position]
         return replies[position]
 
-    async def send_batch(self) -> List[Any]:
-        """Send the next batch in its turn; return the replies, in order."""
-        async with self.turn:  # until then, commands join this batch
-            batch, self.batch = self.batch, []
-            try:
-                pipeline = self.pipeline(transaction=False)
-                for args, options in batch:
-                    pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
-                replies: List[Any] = await pipeline.execute(raise_on_error=False)
-            except BaseException as error:  # whatever it is, everyone gets a RedisError
-                replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
-            if any(isinstance(reply, Exception) for reply in replies):
-                # In a failover, a copy of Redis on another machine takes over (what it has not
-                # copied yet is lost). This connection may still lead to the old machine, which
-                # refuses writes. So after any error, the next batch connects anew, to what
-                # REDIS_HOST names by then. What has failed is not sent again.
-                with suppress(BaseException):  # whatever it is, go on
-                    await self.connection_pool.disconnect()
-            return replies
+    async def send_batch(self, previous: Any) -> List[Any]:
+        """Send the next batch after the previous one; return the replies, in order."""
+        while previous and not previous.done():  # until then, commands join this batch
+            with suppress(asyncio.CancelledError):  # Ctrl+C twice cancels this as well: go on
+                await asyncio.wait({previous})
+        batch, self.batch = self.batch, []
+        try:
+            pipeline = self.pipeline(transaction=False)
+            for args, options in batch:
+                pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
+            replies: List[Any] = await pipeline.execute(raise_on_error=False)
+        except BaseException as error:  # whatever it is, everyone gets a RedisError
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
+        if any(isinstance(reply, Exception) for reply in replies):
+            # In a failover, a copy of Redis on another machine takes over (what it has not copied
+            # yet is lost). This connection may still lead to the old machine, which refuses writes.
+            # So after any error, the next batch connects anew, to what REDIS_HOST names by then.
+            # What has failed is not sent again.
+            with suppress(BaseException):  # whatever it is, go on
+                await self.connection_pool.disconnect()
+        return replies
 
 
 async def connect() -> Redis:
@@ -458,8 +461,8 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis was
-        # restarted, and one request gets 503.
+        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis has
+        # been restarted, and one request gets 503.
         protocol=2,
         # Seconds until a batch fails. A command may wait for two, the one under way and its own.
         socket_connect_timeout=0.7,  # Redis cannot be reached

@@ -19,8 +19,8 @@ too long.
 
 If the worker is killed, the lease expires without an output. The next GET after that, at any
 worker, answers "still processing" and starts another attempt, so the model may run more than once.
-After PREDICTION_ATTEMPTS attempts, that worker stores "failed" instead. (A client that waits has no
-id yet, and must send its input again.)
+After PREDICTION_ATTEMPTS attempts, the worker that gets the GET stores "failed" instead. (A client
+that waits has no id yet, and must send its input again.)
 """
 
 import asyncio
@@ -144,12 +144,12 @@ READ_ANSWERS: Dict[Any, Any] = {
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM
-    # By now, uvicorn has finished all requests and background tasks. Or it has cancelled them when
-    # its --timeout-graceful-shutdown was over. Then it sends 500 to clients that wait, and
-    # in_background needs a moment to delete the leases of attempts.
+    # By now, uvicorn has finished all requests and background tasks. Or, if it was started with
+    # --timeout-graceful-shutdown, it may have cancelled some: then clients that wait get 500, and
+    # in_background needs a moment to delete the leases of its attempts.
     await asyncio.sleep(0.2)
     with suppress(RedisError):
-        await app.state.redis.ping()  # comes back after all that was sent before
+        await app.state.redis.ping()  # replies come in order, so this waits for the deletions
     await app.state.redis.aclose()
 
 
@@ -329,7 +329,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, the result may come just after the time-out: let it.
+            # If this process was frozen, the result may come just after the time-out.
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop, unless done
@@ -387,7 +387,7 @@ async def answer_unavailable(request: Request, error: RedisError) -> JSONRespons
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Leave out what was sent. FastAPI would repeat it, and fail on NaN, which JSON has not."""
+    """Leave out what was sent. FastAPI would repeat it, and fail on NaN, which is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)
 
@@ -397,8 +397,8 @@ class BatchingRedis(Redis):
 
     While a batch is under way, commands join the next. The rest of this file would also work with
     redis-py's plain Redis and its pool of connections. But that took 1.7 times the processor time
-    under load. And with 8, 32 or 100 connections, either some of 2,000 simultaneous requests
-    failed, or some had no 503 within 5 s when Redis was frozen.
+    under load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or
+    waited longer than 5 s for their 503 when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -427,7 +427,7 @@ class BatchingRedis(Redis):
                 await asyncio.wait({previous})
         batch, self.batch = self.batch, []
         try:
-            pipeline = self.pipeline(transaction=False)
+            pipeline = self.pipeline(transaction=False)  # redis-py's way to send many at once
             for args, options in batch:
                 pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
             replies: List[Any] = await pipeline.execute(raise_on_error=False)
@@ -464,7 +464,8 @@ async def connect() -> Redis:
         # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis has
         # been restarted, and one request gets 503.
         protocol=2,
-        # Seconds until a batch fails. A command may wait for two, the one under way and its own.
+        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
+        # own.
         socket_connect_timeout=0.7,  # Redis cannot be reached
         socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
         retry=None,  # never; redis-py 8 would retry ten times

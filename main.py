@@ -396,7 +396,7 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     While a batch is under way, commands join the next. The rest of this file would also work with
-    redis-py's plain Redis and its pool of connections. But that took 1.7 times the processor time
+    redis-py's plain Redis and its pool of connections. But that took 1.5 times the processor time
     under load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or
     waited longer than 5 s for their 503 when Redis was frozen.
 

@@ -17,10 +17,10 @@ lease says that somebody is at work, and expires soon after the time limit of an
 worker runs the model and stores the output, which is final: "failed" if the model raises or takes
 too long.
 
-If the worker is killed, the lease expires without an output. The next GET after that, at any
-worker, answers "still processing" and starts another attempt, so the model may run more than once.
-After PREDICTION_ATTEMPTS attempts, the worker that gets the GET stores "failed" instead. (A client
-that waits has no id yet, and must send its input again.)
+If the worker is killed, the lease expires without an output. (A client that waits has no id yet,
+and must send its input again.) The next GET after that, at any worker, answers "still processing"
+and starts another attempt, so the model may run more than once. After PREDICTION_ATTEMPTS attempts,
+that GET has "failed" stored, rather than start another.
 """
 
 import asyncio
@@ -223,8 +223,9 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# In redis.set(), ex or px is the key's life in seconds or milliseconds; nx=True sets it only if it
-# does not exist, so only one of many workers succeeds. Replies are bytes.
+# redis.mget() reads several keys. In redis.set(), ex or px is the key's life in seconds or
+# milliseconds; nx=True sets it only if it does not exist, so only one of many workers succeeds.
+# Replies are bytes.
 # See https://redis.io/docs/latest/commands/set/
 
 
@@ -423,13 +424,14 @@ class BatchingRedis(Redis):
     async def send_batch(self, previous: Any) -> List[Any]:
         """Send the next batch after the previous one; return the replies, in order."""
         while previous and not previous.done():  # until then, commands join this batch
-            with suppress(asyncio.CancelledError):  # Ctrl+C twice cancels this as well: go on
+            with suppress(asyncio.CancelledError):  # by Ctrl+C, twice: still send it
                 await asyncio.wait({previous})
         batch, self.batch = self.batch, []
         try:
             pipeline = self.pipeline(transaction=False)  # redis-py's way to send many at once
             for args, options in batch:
-                pipeline.pipeline_execute_command(*args, **options)  # adds it to the pipeline
+                # A pipeline is of another class, whose set(), mget() and so on end in this method.
+                pipeline.pipeline_execute_command(*args, **options)  # adds a command
             replies: List[Any] = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]

@@ -244,15 +244,16 @@ async def accept(redis: Redis, key: str, text: str) -> None:
     )
 
 
-async def take_lease(redis: Redis, key: str) -> Optional[bytes]:
-    """Take the lease and return it, or None if there is one already.
+async def take_lease(redis: Redis, key: str) -> bytes:
+    """Store a new lease unless there is one already; return the new one either way.
 
     It lasts a second longer than an attempt may take, which is usually enough to store the output.
     Once there is an output, the lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    return lease if await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds) else None
+    await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds)
+    return lease
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
@@ -277,16 +278,10 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
-    lease = await take_lease(redis, key)
-    if not lease:
-        return  # another attempt is being made
-    record_json, current_lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
-    if output_json or not record_json:
-        return  # finished by now, or expired
-    if current_lease != lease:
-        # Subtle: this worker was frozen between the two commands, until its lease ran out, and
-        # another attempt, perhaps the last, may be under way. So "failed" must not be stored now.
-        return
+    own_lease = await take_lease(redis, key)
+    record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+    if lease != own_lease or output_json or not record_json:
+        return  # another attempt is under way, or the prediction is finished by now, or expired
     record = Record.model_validate_json(record_json)
     if record.attempt < settings.PREDICTION_ATTEMPTS:
         record.attempt += 1  # stored first, so that it counts if the model kills this worker

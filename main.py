@@ -402,15 +402,16 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.batch: List[Any] = []  # the commands of the next batch
+        # The next batch: a pipeline, which is redis-py's way to send many commands at once.
+        self.batch = self.pipeline(transaction=False)
         self.sending: Any = None  # the task that will send it
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
-        if not self.batch:  # this is the first of the next batch
-            self.sending = asyncio.create_task(self.send_batch(self.sending))
         position = len(self.batch)
-        self.batch.append((args, options))
+        if position == 0:  # this is the first of the next batch
+            self.sending = asyncio.create_task(self.send_batch(self.sending))
+        self.batch.pipeline_execute_command(*args, **options)  # only adds it
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
             raise replies[position]
@@ -421,15 +422,12 @@ class BatchingRedis(Redis):
         while previous and not previous.done():  # until then, commands join this batch
             with suppress(asyncio.CancelledError):  # by Ctrl+C, twice: still send it
                 await asyncio.wait({previous})
-        batch, self.batch = self.batch, []
+        batch, self.batch = self.batch, self.pipeline(transaction=False)
+        size = len(batch)
         try:
-            pipeline = self.pipeline(transaction=False)  # redis-py's way to send many at once
-            for args, options in batch:
-                # A pipeline is of another class, whose set(), mget() and so on end in this method.
-                pipeline.pipeline_execute_command(*args, **options)  # adds a command
-            replies: List[Any] = await pipeline.execute(raise_on_error=False)
+            replies = await batch.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
-            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
         if any(isinstance(reply, Exception) for reply in replies):
             # In a failover, a copy of Redis on another machine takes over (what it has not copied
             # yet is lost). This connection may still lead to the old machine, which refuses writes.

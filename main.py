@@ -28,7 +28,7 @@ import logging
 import pathlib
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional, Union
+from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Union
 from uuid import UUID, uuid4
 
 from fakeredis import FakeAsyncRedis
@@ -356,9 +356,7 @@ if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
 """
 
 
-async def in_background(
-    attempt: Callable[..., Awaitable[Any]], redis: Redis, key: str, *args: str
-) -> None:
+async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *args: str) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
     If uvicorn cancels it, delete the lease (unless another worker has it by now), so that the next
@@ -441,14 +439,18 @@ class BatchingRedis(Redis):
 async def connect() -> Redis:
     """Return a client of Redis, or fakeredis if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
-    is_set = "REDIS_HOST" in settings.model_fields_set  # in the environment or .env
-    if not is_set and not await accepts_connections(settings.REDIS_HOST, settings.REDIS_PORT):
-        logger.warning(
-            "No Redis answers at %s, so predictions are kept in this one process and forgotten "
-            "when it exits. Set REDIS_HOST to use a real Redis.",
-            address,
-        )
-        return FakeAsyncRedis()
+    if "REDIS_HOST" not in settings.model_fields_set:  # neither in the environment nor in .env
+        try:
+            opening = asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
+            _, writer = await asyncio.wait_for(opening, timeout=1)
+            writer.close()
+        except (OSError, asyncio.TimeoutError):
+            logger.warning(
+                "No Redis answers at %s, so predictions are kept in this one process and forgotten "
+                "when it exits. Set REDIS_HOST to use a real Redis.",
+                address,
+            )
+            return FakeAsyncRedis()
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
@@ -471,13 +473,3 @@ async def connect() -> Redis:
     except RedisError as error:
         logger.error("Redis at %s is unavailable, so requests get 503: %s", address, error)
     return redis
-
-
-async def accepts_connections(host: str, port: int) -> bool:
-    try:
-        opening = asyncio.open_connection(host, port)
-        _, writer = await asyncio.wait_for(opening, timeout=1)
-        writer.close()
-        return True
-    except (OSError, asyncio.TimeoutError):
-        return False

@@ -195,8 +195,7 @@ async def create_prediction(
         # in_background calls make_attempt(redis, key, body.input), and logs a RedisError.
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
-        headers = {"Location": f"/predict/{prediction_id}"}
-        return JSONResponse(accepted, status_code=202, headers=headers)
+        return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
     output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -218,8 +217,7 @@ async def read_prediction(
         raise HTTPException(404, "Prediction not found.")
     if not lease:
         tasks.add_task(in_background, make_next_attempt, redis, key)
-    detail = {"detail": "Prediction is still processing."}
-    return JSONResponse(detail, status_code=202, headers={"Retry-After": "1"})
+    return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
 
 # --- Attempts ---------------------------------------------------------------------------------
@@ -375,15 +373,14 @@ async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *ar
 @app.exception_handler(RedisError)
 async def answer_unavailable(request: Request, error: RedisError) -> JSONResponse:
     logger.error("Redis is unavailable: %s", error)
-    detail = {"detail": "Redis is unavailable."}
-    return JSONResponse(detail, status_code=503, headers={"Retry-After": "1"})
+    return JSONResponse({"detail": "Redis is unavailable."}, 503, {"Retry-After": "1"})
 
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """Leave out what was sent. FastAPI would repeat it, and fail on NaN, which is not JSON."""
     detail = [{name: item[name] for name in ("loc", "msg", "type")} for item in error.errors()]
-    return JSONResponse({"detail": detail}, status_code=422)
+    return JSONResponse({"detail": detail}, 422)
 
 
 class BatchingRedis(Redis):

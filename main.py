@@ -119,17 +119,16 @@ def answer(detail: str, **more: Any) -> Dict[str, Any]:
 
 LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
-TOO_LARGE = answer("Content Too Large")
-# It is plain text if the header Content-Length says more than max_body_size, below:
-TOO_LARGE["content"]["text/plain"] = {"example": "Content Too Large"}
 CREATE_ANSWERS: Dict[Any, Any] = {
     202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
     400: answer("There was an error parsing the body"),  # not UTF-8, say; broken JSON is 422
-    413: TOO_LARGE,
+    413: answer("Content Too Large"),
     422: {"model": Invalid, "description": "The request is not valid."},
     500: answer("Prediction failed."),
     503: answer("Redis is unavailable.", headers=RETRY_AFTER),
 }
+# Or in plain text, if the header Content-Length says more than max_body_size, below.
+CREATE_ANSWERS[413]["content"]["text/plain"] = {"example": "Content Too Large"}
 READ_ANSWERS: Dict[Any, Any] = {
     202: answer("Prediction is still processing.", headers=RETRY_AFTER),
     404: answer("Prediction not found."),

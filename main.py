@@ -349,7 +349,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
 # Redis runs this script as one command: delete lease KEYS[1] if it names worker ARGV[1].
 GIVE_UP_LEASE = """
 local lease = redis.call('get', KEYS[1])
-if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
+if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
 """
 
 

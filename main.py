@@ -64,7 +64,6 @@ class Settings(BaseSettings):
 
 
 settings = Settings()
-WORKER = uuid4().hex  # a name for this process
 
 # --- What clients send and receive, as JSON ---------------------------------------------------
 
@@ -224,6 +223,8 @@ async def read_prediction(
 # milliseconds; nx=True sets it only if it does not exist, so only one of many workers succeeds.
 # Replies are bytes.
 # See https://redis.io/docs/latest/commands/set/
+
+WORKER = uuid4().hex  # this process, in its leases
 
 
 class Record(BaseModel):

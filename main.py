@@ -292,23 +292,16 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 
 
 # --- The mock model: put your own here --------------------------------------------------------
+# A model that blocks has to run in a thread, or all requests wait for it. Load it here, and create
+# threads for it. Waiting for a free one counts towards PREDICTION_TIMEOUT, which stops no thread.
+#
+#     from concurrent.futures import ThreadPoolExecutor
+#     threads = ThreadPoolExecutor(4)
 
 
 async def mock_model(text: str) -> str:
-    """Return a random result after PREDICTION_LATENCY seconds.
-
-    A model that blocks has to run in a thread, or all requests wait for it. Above this function,
-    load it and create threads for it:
-
-        from concurrent.futures import ThreadPoolExecutor
-        threads = ThreadPoolExecutor(4)
-
-    In this function, run it in one of them:
-
-        return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
-
-    Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no time-out stops a thread.
-    """
+    """Return a random result after PREDICTION_LATENCY seconds."""
+    # Or: return await asyncio.get_running_loop().run_in_executor(threads, my_model, text)
     await asyncio.sleep(settings.PREDICTION_LATENCY)
     return f"Mock result {uuid4().hex[:8]}"
 

@@ -141,14 +141,8 @@ READ_ANSWERS: Dict[Any, Any] = {
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # serve until Ctrl+C or SIGTERM
-    # By now, uvicorn has finished all requests and background tasks. Or, if it was started with
-    # --timeout-graceful-shutdown, it may have cancelled some: then clients that wait get 500, and
-    # in_background needs a moment to delete the leases of its attempts.
-    await asyncio.sleep(0.2)
-    with suppress(RedisError):
-        await app.state.redis.ping()  # replies come in order, so this waits for the deletions
-    await app.state.redis.aclose()
+    yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
+    await disconnect(app.state.redis)
 
 
 app = FastAPI(
@@ -350,8 +344,9 @@ if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
 async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *args: str) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
-    If uvicorn cancels it, delete the lease (unless another worker has it by now), so that the next
-    GET starts another attempt at once.
+    When uvicorn stops, it waits for this to end. But if its --timeout-graceful-shutdown is set and
+    over, it cancels this, and a client that waits gets 500. Then delete the lease (unless another
+    worker has it by now), so that the next GET starts another attempt at once.
     """
     try:
         await attempt(redis, key, *args)
@@ -361,6 +356,14 @@ async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *ar
         with suppress(RedisError):  # fakeredis, for one, cannot run scripts
             await redis.eval(GIVE_UP_LEASE, 1, f"{key}:lease", WORKER)  # 1 key
         raise
+
+
+async def disconnect(redis: Redis) -> None:
+    """Close the client, but not before in_background has deleted leases."""
+    await asyncio.sleep(0.2)  # by then, the deletions are at least in a batch
+    with suppress(RedisError):
+        await redis.ping()  # replies come in order, so this waits for the deletions
+    await redis.aclose()
 
 
 @app.exception_handler(RedisError)

@@ -24,6 +24,7 @@ that GET has "failed" stored, rather than start another.
 """
 
 import asyncio
+import json
 import logging
 import pathlib
 from contextlib import asynccontextmanager, suppress
@@ -221,18 +222,12 @@ async def read_prediction(
 WORKER = uuid4().hex  # this process, in its leases
 
 
-class Record(BaseModel):
-    status: str = "processing"  # always, for whoever looks into Redis
-    input: str
-    attempt: int = 1
-
-
 async def accept(redis: Redis, key: str, text: str) -> None:
     """Store a new prediction's record and take its lease, in one round trip."""
-    record = Record(input=text).model_dump_json()
+    record = {"status": "processing", "input": text, "attempt": 1}
     await asyncio.gather(  # BatchingRedis sends both together
         take_lease(redis, key),
-        redis.set(key, record, ex=settings.PREDICTION_TTL),
+        redis.set(key, json.dumps(record), ex=settings.PREDICTION_TTL),
     )
 
 
@@ -274,15 +269,15 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt is under way, or the prediction is finished by now, or expired
-    record = Record.model_validate_json(record_json)
-    if record.attempt < settings.PREDICTION_ATTEMPTS:
-        record.attempt += 1  # stored first, so that it counts if the model kills this worker
-        await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
-        result = await run_model(key, record.input)
+    record = json.loads(record_json)
+    if record["attempt"] < settings.PREDICTION_ATTEMPTS:
+        record["attempt"] += 1  # stored first, so that it counts if the model kills this worker
+        await redis.set(key, json.dumps(record), ex=settings.PREDICTION_TTL)
+        result = await run_model(key, record["input"])
     else:
         logger.error("%s has used up its attempts", key)
         result = None
-    await store_output(redis, key, record.input, result)
+    await store_output(redis, key, record["input"], result)
 
 
 # --- The mock model: put your own here --------------------------------------------------------

@@ -770,7 +770,8 @@ class Store:
     def leave_orphan(self, attempt=1):
         """Leave what a killed worker leaves, after its lease has run out; return the path."""
         path = f"/predict/{uuid.uuid4()}"
-        self.set(path, "", main.Record(input="orphan", attempt=attempt).model_dump_json())
+        record = {"status": "processing", "input": "orphan", "attempt": attempt}
+        self.set(path, "", json.dumps(record))
         return path
 
 

@@ -268,7 +268,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     own_lease = await take_lease(redis, key)
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
-        return  # another attempt is under way, or the prediction is finished by now, or expired
+        return  # another attempt has the lease, or the prediction is finished by now, or expired
     record = json.loads(record_json)
     if record["attempt"] < settings.PREDICTION_ATTEMPTS:
         record["attempt"] += 1  # stored first, so that it counts if the model kills this worker

@@ -99,43 +99,6 @@ class Message(BaseModel):
     message: str
 
 
-# --- What /docs says about answers other than 200. You may skip this. -------------------------
-
-
-class Detail(BaseModel):
-    detail: str
-
-
-class Invalid(BaseModel):
-    detail: List[Dict[str, Any]] = Field(
-        examples=[[{"loc": ["body", "input"], "msg": "Field required", "type": "missing"}]]
-    )
-
-
-def answer(detail: str, **more: Any) -> Dict[str, Any]:
-    content = {"application/json": {"example": {"detail": detail}}}
-    return {"model": Detail, "description": detail, "content": content, **more}
-
-
-LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
-RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
-CREATE_ANSWERS: Dict[Any, Any] = {
-    202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
-    400: answer("There was an error parsing the body"),  # not UTF-8, say; broken JSON is 422
-    413: answer("Content Too Large"),
-    422: {"model": Invalid, "description": "The request is not valid."},
-    500: answer("Prediction failed."),
-    503: answer("Redis is unavailable.", headers=RETRY_AFTER),
-}
-# Or in plain text, if the header Content-Length says more than max_body_size, below.
-CREATE_ANSWERS[413]["content"]["text/plain"] = {"example": "Content Too Large"}
-READ_ANSWERS: Dict[Any, Any] = {
-    202: answer("Prediction is still processing.", headers=RETRY_AFTER),
-    404: answer("Prediction not found."),
-    422: CREATE_ANSWERS[422],
-    503: CREATE_ANSWERS[503],
-}
-
 # --- The API ----------------------------------------------------------------------------------
 
 
@@ -169,6 +132,45 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
+# --- What /docs says about answers other than 200. You may skip this. -------------------------
+
+
+class Detail(BaseModel):
+    detail: str
+
+
+class Invalid(BaseModel):
+    detail: List[Dict[str, Any]] = Field(
+        examples=[[{"loc": ["body", "input"], "msg": "Field required", "type": "missing"}]]
+    )
+
+
+def answer(detail: str, **more: Any) -> Dict[str, Any]:
+    content = {"application/json": {"example": {"detail": detail}}}
+    return {"model": Detail, "description": detail, "content": content, **more}
+
+
+LOCATION = {"Location": {"description": "The path to poll", "schema": {"type": "string"}}}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+CREATE_ANSWERS: Dict[Any, Any] = {
+    202: {"model": Accepted, "description": "Accepted, to be polled.", "headers": LOCATION},
+    400: answer("There was an error parsing the body"),  # not UTF-8, say; broken JSON is 422
+    413: answer("Content Too Large"),
+    422: {"model": Invalid, "description": "The request is not valid."},
+    500: answer("Prediction failed."),
+    503: answer("Redis is unavailable.", headers=RETRY_AFTER),
+}
+# Or in plain text, if the header Content-Length says more than max_body_size.
+CREATE_ANSWERS[413]["content"]["text/plain"] = {"example": "Content Too Large"}
+READ_ANSWERS: Dict[Any, Any] = {
+    202: answer("Prediction is still processing.", headers=RETRY_AFTER),
+    404: answer("Prediction not found."),
+    422: CREATE_ANSWERS[422],
+    503: CREATE_ANSWERS[503],
+}
+
+
+# --- The API: predictions ---------------------------------------------------------------------
 # FastAPI fills in body from JSON, async_mode from a header and tasks with an empty list; if the
 # request is not valid, it calls answer_invalid instead. It sends a Prediction with status 200, and
 # a JSONResponse as it is. Then it runs tasks.

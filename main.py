@@ -341,9 +341,9 @@ if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
 async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *args: str) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
-    When uvicorn stops, it waits for this to end. But if its --timeout-graceful-shutdown is set and
-    over, it cancels this, and a client that waits gets 500. Then delete the lease (unless another
-    worker has it by now), so that the next GET starts another attempt at once.
+    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels attempts. (A
+    client that waits gets 500.) Then delete the lease, unless another worker has it by now, so that
+    the next GET starts another attempt at once.
     """
     try:
         await attempt(redis, key, *args)
@@ -417,10 +417,9 @@ class BatchingRedis(Redis):
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
         if any(isinstance(reply, Exception) for reply in replies):
-            # In a failover, a copy of Redis on another machine takes over (what it has not copied
-            # yet is lost). This connection may still lead to the old machine, which refuses writes.
-            # So after any error, the next batch connects anew, to what REDIS_HOST names by then.
-            # What has failed is not sent again.
+            # After any error, the next batch connects anew, to what REDIS_HOST names by then. For
+            # in a failover, a copy of Redis on another machine takes over (what it has not copied
+            # yet is lost), and the old one refuses writes. What has failed is not sent again.
             with suppress(BaseException):  # whatever it is, go on
                 await self.connection_pool.disconnect()
         return replies

@@ -641,11 +641,12 @@ def test_lowest_settings_are_accepted():
 
 def test_walkthrough_survives_interruptions_and_stops_what_it_has_started(walk):
     shown = walk()
-    for interrupted in ("interrupt start", "interrupt in-a-row"):
+    for interrupted in ("interrupt start", "interrupt race"):
         assert shown[interrupted].endswith("KeyboardInterrupt")
     assert re.search("attempt.*lease.* 202\n.* 200\n", shown["survived"], re.DOTALL)
     assert "2nd worker" in shown["lease"]
     assert shown["after the end"] == "ConnectionError"
+    assert shown["race after the end"] == "AssertionError"  # run the cells above
 
 
 def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
@@ -653,7 +654,7 @@ def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
     monkeypatch.chdir(HERE)
     namespace = {}
     for id_ in ("find", "prepare", "start-api", "start", "end"):
-        exec(code_cells()[id_], namespace)
+        exec(without_magic(code_cells()[id_]), namespace)
     namespace["folder"].cleanup()
     assert requests.get(api).status_code == 200
 
@@ -673,7 +674,7 @@ def test_walkthrough_cell_that_is_run_first_says_what_to_run(monkeypatch):
     for source in list(code_cells().values())[1:]:
         if "assert " in source:
             with pytest.raises(AssertionError, match="Run the cells above"):
-                exec(source, {})
+                exec(without_magic(source), {})
 
 
 # --- What the tests are made of: verbs --------------------------------------------------------
@@ -984,23 +985,30 @@ def code_cells():
     return {cell["id"]: cell.source for cell in notebook.cells if cell.cell_type == "code"}
 
 
+def without_magic(source):
+    """Return what of a cell is Python, without the commands of IPython."""
+    return re.sub("(?m)^%.*", "", source)
+
+
 def take_the_walk(folder):
     """Do in a kernel what a difficult reader does; return what each step showed."""
     cells, steps = code_cells(), {}
     for id_, source in cells.items():
-        if id_ in ("start", "in-a-row"):
+        if id_ in ("start", "race"):
             steps[f"interrupt {id_}"] = INTERRUPT + source
         if id_ == "lease":
             steps["pause"] = "time.sleep(2)"  # longer than the second lease has left
         steps[id_] = source
-    steps["after the end"] = "import gc; gc.disable(); requests.get(API_URL)"
+    notebook, url = nbformat.v4.new_notebook(), f"http://127.0.0.1:{free_port()}"
+    ask = f"import gc, requests, time; {{}}; requests.get({url!r})"
+    steps["after the end"] = ask.format("gc.disable()")
+    steps["race after the end"] = cells["race"]
     for time_ in ("second", "third"):
         for id_ in list(cells)[: list(cells).index("lost")]:
             steps[f"{id_}, for the {time_} time"] = cells[id_]
-    steps["nothing started is garbage"] = "gc.collect(); time.sleep(0.2); requests.get(API_URL)"
-    notebook, url = nbformat.v4.new_notebook(), f"http://127.0.0.1:{free_port()}"
+    steps["nothing started is garbage"] = ask.format("gc.collect(); time.sleep(0.2)")
     for name, source in steps.items():
-        raises = name in ("interrupt start", "interrupt in-a-row", "after the end")
+        raises = name.startswith("interrupt ") or name.endswith("after the end")
         metadata = {"tags": ["raises-exception"] if raises else []}
         notebook.cells.append(nbformat.v4.new_code_cell(source, metadata=metadata))
     client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}})

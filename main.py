@@ -20,7 +20,7 @@ too long.
 If the worker is killed, the lease expires without an output. (A client that waits has no id yet,
 and must send its input again.) The next GET after that, at any worker, answers "still processing"
 and starts another attempt, so the model may run more than once. After PREDICTION_ATTEMPTS attempts,
-that GET has "failed" stored, rather than start another.
+that GET has "failed" stored instead, which the next GET returns.
 """
 
 import asyncio
@@ -221,7 +221,7 @@ async def read_prediction(
 # Replies are bytes.
 # See https://redis.io/docs/latest/commands/set/
 
-WORKER = uuid4().hex  # this process, in its leases
+WORKER = uuid4().hex  # a name for this process
 
 
 async def accept(redis: Redis, key: str, text: str) -> None:
@@ -237,7 +237,8 @@ async def take_lease(redis: Redis, key: str) -> bytes:
     """Store a new lease unless there is one already; return the new one either way.
 
     It lasts a second longer than an attempt may take, which is usually enough to store the output.
-    Once there is an output, the lease means nothing.
+    Once there is an output, the lease means nothing. By its two names, in_background can tell its
+    worker's leases from those of others, and make_next_attempt its own lease from all others.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -268,6 +269,8 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
     own_lease = await take_lease(redis, key)
+    # Subtle: whether it was stored is read here, with the rest, not known from what set() returned.
+    # For if this worker was frozen meanwhile, its lease may have run out.
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
@@ -284,7 +287,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 
 # --- The mock model: put your own here --------------------------------------------------------
 # A model that blocks has to run in a thread, or all requests wait for it. Load it here, and create
-# threads for it. Waiting for a free one counts towards PREDICTION_TIMEOUT, which stops no thread.
+# threads for it. Waiting for a free one counts towards PREDICTION_TIMEOUT; no time-out stops one.
 #
 #     from concurrent.futures import ThreadPoolExecutor
 #     threads = ThreadPoolExecutor(4)
@@ -359,7 +362,7 @@ async def disconnect(redis: Redis) -> None:
     """Close the client, but not before in_background has deleted leases."""
     await asyncio.sleep(0.2)  # by then, the deletions are at least in a batch
     with suppress(RedisError):
-        await redis.ping()  # replies come in order, so this waits for the deletions
+        await redis.ping()  # batches are sent in order, so this waits for the deletions
     await redis.aclose()
 
 
@@ -377,12 +380,12 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 
 
 class BatchingRedis(Redis):
-    """A Redis client that sends the commands of all requests in batches, over one connection.
+    """A Redis client that sends the commands of all requests in batches, one at a time.
 
-    While a batch is under way, commands join the next. redis-py's plain Redis, with its pool of
-    connections, would also do, but took 1.5 times the processor time under load. And with 8, 32 or
-    100 connections, some of 2,000 simultaneous requests failed, or waited longer than 5 s for their
-    503 when Redis was frozen.
+    That takes one connection. While a batch is under way, commands join the next. redis-py's plain
+    Redis, with its pool of connections, would also do, but took 1.5 times the processor time under
+    load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited
+    longer than 5 s for their 503 when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -397,9 +400,9 @@ class BatchingRedis(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)
-        if position == 0:  # this is the first of the next batch
-            self.sending = asyncio.create_task(self.send_batch(self.sending))
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
+        if position == 0:  # it is the first
+            self.sending = asyncio.create_task(self.send_batch(self.sending))
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
             raise replies[position]
@@ -408,7 +411,7 @@ class BatchingRedis(Redis):
     async def send_batch(self, previous: Any) -> List[Any]:
         """Send the next batch after the previous one; return the replies, in order."""
         while previous and not previous.done():  # until then, commands join this batch
-            with suppress(asyncio.CancelledError):  # by Ctrl+C, twice: still send it
+            with suppress(asyncio.CancelledError):  # of all tasks, by Ctrl+C twice: still send it
                 await asyncio.wait({previous})
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)
@@ -447,8 +450,8 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With version 3, redis-py 8 does not notice that Redis has
-        # been restarted, and one request gets 503.
+        # Of the two versions of Redis's protocol, the older: with version 3, redis-py 8 does not
+        # notice that Redis has been restarted, and one request gets 503 (seen in a trial).
         protocol=2,
         # Seconds until a batch fails. A command may wait for two batches, the one under way and its
         # own.

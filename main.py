@@ -14,13 +14,13 @@ imitates it in this process. A prediction has up to three keys:
 
 A worker (a process running this file) accepts a prediction by storing its record and a lease. A
 lease says that somebody is at work, and expires soon after the time limit of an attempt. Then the
-worker runs the model and stores the output, which is final: "failed" if the model raises or takes
-too long.
+worker runs the model and stores the output, which is final. A model that raises or takes too long
+is not tried again: its output is "failed".
 
-If the worker is killed, the lease expires without an output. (A client that waits has no id yet,
-and must send its input again.) The next GET after that, at any worker, answers "still processing"
-and starts another attempt, so the model may run more than once. After PREDICTION_ATTEMPTS attempts,
-that GET has "failed" stored instead, which the next GET returns.
+If the worker is killed, or cannot store the output, the lease expires without one. The next GET
+after that, at any worker, starts another attempt, so the model may run more than once. But after
+PREDICTION_ATTEMPTS attempts, it has "failed" stored instead. Either way, it answers "still
+processing". (A client that waits has no id yet, and must send its input again.)
 """
 
 import asyncio
@@ -204,6 +204,7 @@ async def read_prediction(
 ) -> Union[Prediction, JSONResponse]:
     """Read a prediction: 200 if it is completed or failed, 202 if it is not ready yet."""
     redis, key = app.state.redis, f"prediction:{prediction_id}"
+    # The values of three keys, read at once, or None for a key that does not exist:
     record, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json:
         output = Output.model_validate_json(output_json)
@@ -216,12 +217,12 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# redis.mget() reads several keys. In redis.set(), ex or px is the key's life in seconds or
-# milliseconds; nx=True sets it only if it does not exist, so only one of many workers succeeds.
-# Replies are bytes.
+# In redis.set(), ex or px is the key's life in seconds or milliseconds. With nx=True, it only sets
+# a key that does not exist, and returns None otherwise, so only one of many workers succeeds.
+# Values that Redis returns are bytes.
 # See https://redis.io/docs/latest/commands/set/
 
-WORKER = uuid4().hex  # a name for this process
+WORKER = uuid4().hex  # names this process in its leases, for GIVE_UP_LEASE
 
 
 async def accept(redis: Redis, key: str, text: str) -> None:
@@ -237,8 +238,7 @@ async def take_lease(redis: Redis, key: str) -> bytes:
     """Store a new lease unless there is one already; return the new one either way.
 
     It lasts a second longer than an attempt may take, which is usually enough to store the output.
-    Once there is an output, the lease means nothing. By its two names, in_background can tell its
-    worker's leases from those of others, and make_next_attempt its own lease from all others.
+    Once there is an output, the lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -269,8 +269,8 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
     own_lease = await take_lease(redis, key)
-    # Subtle: whether it was stored is read here, with the rest, not known from what set() returned.
-    # For if this worker was frozen meanwhile, its lease may have run out.
+    # Subtle: ask whose lease it is now, whatever set() returned. If this worker has been frozen
+    # since, its lease may have run out, and another worker may have taken the next.
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
@@ -286,8 +286,9 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
 
 
 # --- The mock model: put your own here --------------------------------------------------------
-# A model that blocks has to run in a thread, or all requests wait for it. Load it here, and create
-# threads for it. Waiting for a free one counts towards PREDICTION_TIMEOUT; no time-out stops one.
+# A model that blocks has to run in a thread, or all requests wait for it. Load the model here, and
+# create threads for it. Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no
+# time-out stops a thread.
 #
 #     from concurrent.futures import ThreadPoolExecutor
 #     threads = ThreadPoolExecutor(4)
@@ -310,15 +311,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, the result may come just after the time-out.
+            # If this process was frozen, both are overdue, and the result may come second.
             await asyncio.wait({task}, timeout=0.1)
     finally:
-        task.cancel()  # asks it to stop, unless done
+        task.cancel()  # only asks it to stop, unless done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done. Or the model has cancelled its own task and then returned, which asyncio
-        # counts as cancelled.
+        # It is not done yet. Or the model has cancelled its own task and then returned, which
+        # asyncio counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -326,7 +327,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
 async def call_model(key: str, text: str) -> Optional[str]:
     try:
         result = await mock_model(text)
-        result.encode()  # raises unless it is valid text
+        result.encode()  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker
         with suppress(BaseException):  # some exceptions cannot be printed
@@ -334,7 +335,8 @@ async def call_model(key: str, text: str) -> Optional[str]:
         return None
 
 
-# Redis runs this script as one command: delete lease KEYS[1] if it names worker ARGV[1].
+# Redis runs this script as one command: delete lease KEYS[1] if it names worker ARGV[1]. (Another
+# worker may have it by now.)
 GIVE_UP_LEASE = """
 local lease = redis.call('get', KEYS[1])
 if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
@@ -344,9 +346,8 @@ if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
 async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *args: str) -> None:
     """Make an attempt after the answer was sent, when an error can only be logged.
 
-    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels attempts. (A
-    client that waits gets 500.) Then delete the lease, unless another worker has it by now, so that
-    the next GET starts another attempt at once.
+    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels this (and
+    clients that wait get 500). Then delete the lease, so that the next GET starts another attempt.
     """
     try:
         await attempt(redis, key, *args)
@@ -360,7 +361,7 @@ async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *ar
 
 async def disconnect(redis: Redis) -> None:
     """Close the client, but not before in_background has deleted leases."""
-    await asyncio.sleep(0.2)  # by then, the deletions are at least in a batch
+    await asyncio.sleep(0.2)  # let cancelled attempts go on, to where they delete their leases
     with suppress(RedisError):
         await redis.ping()  # batches are sent in order, so this waits for the deletions
     await redis.aclose()
@@ -382,10 +383,11 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, one at a time.
 
-    That takes one connection. While a batch is under way, commands join the next. redis-py's plain
-    Redis, with its pool of connections, would also do, but took 1.5 times the processor time under
-    load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited
-    longer than 5 s for their 503 when Redis was frozen.
+    That takes one connection. The first command of a batch starts a task, which waits for the task
+    of the batch before, while more commands join, and then sends the batch. redis-py's plain Redis,
+    with its pool of connections, would also do, but took 1.5 times the processor time under load.
+    And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited longer
+    than 5 s for their 503 when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -393,16 +395,16 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # The next batch: a pipeline, which is redis-py's way to send many commands at once.
+        # The next batch, in a pipeline, which is redis-py's way to send many commands at once:
         self.batch = self.pipeline(transaction=False)
-        self.sending: Any = None  # the task that will send it
+        self.sending: Any = None  # the task that sends it, or the one before while it is empty
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
         if position == 0:  # it is the first
-            self.sending = asyncio.create_task(self.send_batch(self.sending))
+            self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
             raise replies[position]
@@ -410,8 +412,9 @@ class BatchingRedis(Redis):
 
     async def send_batch(self, previous: Any) -> List[Any]:
         """Send the next batch after the previous one; return the replies, in order."""
-        while previous and not previous.done():  # until then, commands join this batch
-            with suppress(asyncio.CancelledError):  # of all tasks, by Ctrl+C twice: still send it
+        while previous and not previous.done():
+            # If Ctrl+C is pressed twice, all tasks are cancelled. Send the batch all the same.
+            with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)

@@ -24,16 +24,16 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import fakeredis
+import jupyter_client
 import nbformat
 import pytest
 import redis
 import requests
 import uvicorn
-from nbclient import NotebookClient
 
 import main
 
@@ -45,6 +45,7 @@ PROCESSING = {"detail": "Prediction is still processing."}
 
 for name in main.Settings.model_fields:  # the settings of whoever runs the tests
     os.environ.pop(name, None)
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # so that the walkthrough's kernel is of this Python
 
 # --- The promises -----------------------------------------------------------------------------
 
@@ -640,12 +641,11 @@ def test_lowest_settings_are_accepted():
 
 
 def test_walkthrough_survives_interruptions_and_stops_what_it_has_started(walk):
-    shown = walk()
-    for interrupted in ("interrupt start", "interrupt in-a-row"):
-        assert shown[interrupted].endswith("KeyboardInterrupt")
-    assert re.search("attempt.*lease.* 202\n.* 200\n", shown["survived"], re.DOTALL)
-    assert "2nd worker" in shown["lease"]
-    assert shown["after the end"] == "ConnectionError"
+    replies = iter(lambda: walk.get_shell_msg(timeout=6 * LONG)["content"], None)
+    reply = next(reply for reply in replies if "execution_count" in reply)
+    assert reply["status"] == "ok", reply
+    walk.shutdown()
+    wait_until(lambda: not answers(WALK_URL))
 
 
 def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
@@ -971,10 +971,33 @@ def start_worker(folder):
 
 # --- What the tests are made of: the walkthrough ----------------------------------------------
 
-INTERRUPT = """
-import os, signal, threading
-threading.Timer(0.25, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+WALK = r"""
+import gc, os, pytest, re, signal, threading
+from IPython.utils.capture import capture_output
+
+def run(id_):
+    get_ipython().run_cell(CELLS[id_]).raise_error()
+
+with capture_output() as shown:
+    for id_ in CELLS:
+        if id_ in ("start", "in-a-row"):
+            threading.Timer(0.25, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                run(id_)
+        if id_ == "lease":
+            time.sleep(2)  # longer than the second lease has left
+        run(id_)
+assert re.search("attempt.*lease.* 202\n.* 200\n.*2nd worker", shown.stdout, re.DOTALL)
+with pytest.raises(requests.ConnectionError):  # the walkthrough has stopped what it had started
+    requests.get(API_URL)
+gc.disable()
+for id_ in 2 * list(CELLS)[: list(CELLS).index("lost")]:
+    run(id_)
+gc.collect()  # nothing that still runs is garbage
+time.sleep(0.2)
+requests.get(API_URL)
 """
+WALK_URL = f"http://127.0.0.1:{free_port()}"
 
 
 def code_cells():
@@ -983,42 +1006,18 @@ def code_cells():
     return {cell["id"]: cell.source for cell in notebook.cells if cell.cell_type == "code"}
 
 
-def take_the_walk(folder):
-    """Do in a kernel what a difficult reader does; return what each step showed."""
-    cells, steps = code_cells(), {}
-    for id_, source in cells.items():
-        if id_ in ("start", "in-a-row"):
-            steps[f"interrupt {id_}"] = INTERRUPT + source
-        if id_ == "lease":
-            steps["pause"] = "time.sleep(2)"  # longer than the second lease has left
-        steps[id_] = source
-    steps["after the end"] = "import gc; gc.disable(); requests.get(API_URL)"
-    for time_ in ("second", "third"):
-        for id_ in list(cells)[: list(cells).index("lost")]:
-            steps[f"{id_}, for the {time_} time"] = cells[id_]
-    steps["nothing started is garbage"] = "gc.collect(); time.sleep(0.2); requests.get(API_URL)"
-    notebook, url = nbformat.v4.new_notebook(), f"http://127.0.0.1:{free_port()}"
-    for name, source in steps.items():
-        raises = name in ("interrupt start", "interrupt in-a-row", "after the end")
-        metadata = {"tags": ["raises-exception"] if raises else []}
-        notebook.cells.append(nbformat.v4.new_code_cell(source, metadata=metadata))
-    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}})
-    client.execute(env=environment(API_URL=url, PREDICTION_LATENCY=0.1))
-    wait_until(lambda: not answers(url))  # a moment after the end of the kernel
-    return {name: "".join(map(text_of, cell.outputs)) for name, cell in zip(steps, notebook.cells)}
-
-
-def text_of(output):
-    return output.get("text") or output.get("ename") or output["data"]["text/plain"]
+@pytest.fixture(scope="session")
+def walk(folder):
+    """A kernel in which a difficult reader takes the walkthrough; it replies when that is done."""
+    settings = environment(API_URL=WALK_URL, PREDICTION_LATENCY=0.1)
+    with jupyter_client.run_kernel(cwd=str(folder), env=settings) as kernel:
+        kernel.execute(f"CELLS = {code_cells()}\n{WALK}")
+        yield kernel
 
 
 @pytest.fixture(scope="session", autouse=True)
-def walk(request, folder):
-    """walk() returns what the walkthrough shows. It takes a while, and goes on beside the tests."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # so that the kernel is of this Python
-        start = lru_cache(None)(lambda: pool.submit(take_the_walk, folder))
-        wanted = any("walkthrough" in item.name for item in request.session.items)
-        if wanted and "PYTEST_XDIST_WORKER" not in os.environ:
-            start()
-        yield lambda: start().result(6 * LONG)
+def early_walk(request):
+    """Let the walk go on beside the tests, since it takes a while (unless they are spread)."""
+    wanted = any("walk" in item.fixturenames for item in request.session.items)
+    if wanted and "PYTEST_XDIST_WORKER" not in os.environ:
+        request.getfixturevalue("walk")

@@ -26,6 +26,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 
 import fakeredis
 import jupyter_client
@@ -90,9 +91,9 @@ def test_first_output_is_final_when_two_attempts_race(api, store, models):
 def test_worker_told_to_stop_finishes_first(start_worker, api, store):
     worker = start_worker(**store.settings, PREDICTION_LATENCY=0.3)
     path = accept(worker.url)
-    worker.stop()
+    log = worker.stop()
     assert requests.get(api + path).json()["status"] == "completed"
-    assert f" Predictions are kept in Redis at 127.0.0.1:{store.port}.\n" in worker.log()
+    assert f" Predictions are kept in Redis at 127.0.0.1:{store.port}.\n" in log
 
 
 def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis_server):
@@ -101,8 +102,8 @@ def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis
     redis_server.set(paths[0], ":lease", "another worker")
     redis_server.client.client_pause(1400)  # a batch is under way when they are cut short
     threading.Thread(target=answers, args=[hasty.url + paths[0]]).start()
-    hasty.stop()
-    assert hasty.log().count("Exception in ASGI application") >= 5  # they end as cancelled
+    log = hasty.stop()
+    assert log.count("Exception in ASGI application") >= 5  # they end as cancelled
     assert [redis_server.get(path, ":lease") for path in paths] == ["another worker"] + [None] * 4
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     assert completed(api, paths[1:]) == list("bcde")
@@ -169,11 +170,11 @@ def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
     port = free_port()
     worker = start_worker(REDIS_PORT=port, PREDICTION_LATENCY=0)
     assert poll(worker.url, accept(worker.url))["status"] == "completed"
-    worker.stop()
-    assert worker.log().count("WARNING") == 1
-    assert f"No Redis answers at localhost:{port}" in worker.log()
-    assert "Set REDIS_HOST" in worker.log()
-    assert "Traceback" not in worker.log()
+    log = worker.stop()
+    assert log.count("WARNING") == 1
+    assert f"No Redis answers at localhost:{port}" in log
+    assert "Set REDIS_HOST" in log
+    assert "Traceback" not in log
 
 
 # --- The contract -----------------------------------------------------------------------------
@@ -788,21 +789,15 @@ class RedisServer(Store, contextlib.AbstractContextManager):
         options += ("--appendfsync", "no")  # the default may put off a write that a kill then loses
         options += ("--repl-diskless-sync-delay", 0)  # for the replica of a failover
         command = ["redis-server", *map(str, options)]
-        self.process = subprocess.Popen(command, cwd=str(self.folder), stdout=subprocess.DEVNULL)
-
-        def ready():
-            with contextlib.suppress(redis.ConnectionError):
-                return self.client.ping()
-
-        wait_until(ready)
+        self.process = subprocess.Popen(command, cwd=str(self.folder), stdout=PIPE)
+        assert any(b"Ready to accept" in line for line in self.process.stdout), "not started"
 
     def kill(self):
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # and wait
+            self.process.kill()
 
     def __exit__(self, *error):
         self.kill()
-        self.client.close()
 
 
 @pytest.fixture
@@ -820,16 +815,13 @@ def store(request, monkeypatch):
     if request.param == "redis-server":
         yield request.getfixturevalue("redis_server")
         return
-    server = fakeredis.TcpFakeServer(("127.0.0.1", 0))
-    server.daemon_threads = True  # its threads do not all notice that a client is gone
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    embedded = partial(main.FakeAsyncRedis, server=server.fake_server)
-    monkeypatch.setattr(main, "FakeAsyncRedis", embedded)
-    store = Store(server.server_address[1])
-    yield store
-    store.client.close()
-    server.shutdown()
-    server.server_close()
+    with fakeredis.TcpFakeServer(("127.0.0.1", 0)) as server:
+        server.daemon_threads = True  # its threads do not all notice that a client is gone
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        embedded = partial(main.FakeAsyncRedis, server=server.fake_server)
+        monkeypatch.setattr(main, "FakeAsyncRedis", embedded)
+        yield Store(server.server_address[1])
+        server.shutdown()
 
 
 @pytest.fixture
@@ -922,30 +914,24 @@ def models(monkeypatch):
     return models
 
 
-class Worker:
+class Worker(subprocess.Popen):
     """An API process, which can be killed."""
 
-    def __init__(self, folder, options, environment):
+    def __init__(self, folder, *options, **settings):
         port = free_port()
-        self.url, self.log_file = f"http://127.0.0.1:{port}", folder / f"{port}.log"
-        command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *options]
-        with self.log_file.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=str(folder), env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        wait_until(lambda: answers(self.url) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log()
-
-    def log(self):
-        return self.log_file.read_text()
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "uvicorn", "main:app", f"--port={port}", *options]
+        own = {"cwd": str(folder), "env": environment(**settings), "stdout": PIPE, "text": True}
+        super().__init__(command, stderr=subprocess.STDOUT, **own)
+        wait_until(lambda: answers(self.url) or self.poll() is not None)
+        assert self.poll() is None, self.stdout.read()
 
     def stop(self):
-        self.process.terminate()
-        assert self.process.wait(LONG) in (0, -signal.SIGTERM)
+        """Tell it to stop, wait until it has, and return its log."""
+        self.terminate()
+        log, _ = self.communicate(timeout=LONG)
+        assert self.returncode in (0, -signal.SIGTERM), log
+        return log
 
 
 @pytest.fixture(scope="session")
@@ -962,7 +948,7 @@ def start_worker(folder):
     with contextlib.ExitStack() as stack:
 
         def start(*options, **settings):
-            worker = Worker(folder, options, environment(**settings))
+            worker = stack.enter_context(Worker(folder, *options, **settings))
             stack.callback(worker.kill)
             return worker
 

@@ -415,18 +415,23 @@ def test_attempt_is_not_made_if(api, store, models, monkeypatch, caplog, name, a
     assert "Traceback" not in caplog.text
 
 
-def test_attempt_cut_short_while_it_begins_gives_up_its_lease(redis_server, api_on, monkeypatch):
-    async def take_lease_and_end(*args):
-        taken.append(await take_lease(*args))
-        raise asyncio.CancelledError
+@pytest.mark.parametrize("moment", ["take_lease", "mock_model"])
+def test_attempt_that_is_cut_short_ends_at_once(api, store, monkeypatch, caplog, moment):
+    async def do_and_hang(*args):
+        await function(*args)
+        await hang(moment)
 
-    taken, take_lease = [], main.take_lease
-    monkeypatch.setattr(main, "take_lease", take_lease_and_end)
-    path = redis_server.leave_orphan()
-    assert requests.get(api_on(**redis_server.settings) + path).status_code == 202
+    function, hang = getattr(main, moment), Models()
+    monkeypatch.setattr(main, moment, do_and_hang)
+    path = store.leave_orphan()
+    assert requests.get(api + path).status_code == 202
+    wait_until(lambda: hang.inputs)
+    for task in SERVER.server_state.tasks:
+        task.get_loop().call_soon_threadsafe(task.cancel)
     wait_for_attempts()
-    assert taken != []
-    assert redis_server.get(path, ":lease") is None
+    assert hang.results[0].cancelled()
+    assert bool(store.get(path, ":lease")) != isinstance(store, RedisServer)  # which runs scripts
+    assert "ResponseError" not in caplog.text
 
 
 @pytest.mark.parametrize("expired", [False, True])
@@ -566,6 +571,7 @@ def test_batch_that_is_cancelled_while_it_waits_is_sent_all_the_same(redis_serve
     api_on(**redis_server.settings)
     redis_server.client.client_pause(600)
     assert on_server(ping_three_times()) == [True, True, True]
+    assert redis_server.client.info("clients")["connected_clients"] == 2  # one is ours
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from subprocess import PIPE
@@ -64,21 +64,21 @@ def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, m
     assert requests.get(third.url + path).status_code == 202  # and the poll starts it again
     wait_until(lambda: store.record(path)["attempt"] == 3)
     third.kill()
-    store.expire(path, ":lease")
+    store.delete(key_of(path, ":lease"))
     assert poll(api, path)["output"] == {"status": "failed", "input": "orphan", "result": None}
-    assert models.inputs == []  # the fourth has not tried
+    assert models == []  # the fourth has not tried
     assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
 def test_first_output_is_final_when_two_attempts_race(api, store, models):
     path = accept(api)
-    store.expire(path, ":lease")
+    store.delete(key_of(path, ":lease"))
     assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
-    wait_until(lambda: len(models.inputs) == 2)
-    models.finish(1, "The second attempt's")
+    wait_until(lambda: len(models) == 2)
+    models[1].set_result("The second attempt's")
     first = poll(api, path)
     assert first["output"]["result"] == "The second attempt's"
-    models.finish(0, "The first attempt's")
+    models[0].set_result("The first attempt's")
     wait_for_attempts()
     assert requests.get(api + path).json() == first
 
@@ -94,11 +94,11 @@ def test_worker_told_to_stop_finishes_first(start_worker, api, store):
 def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis_server):
     hasty = start_worker(GRACE, **redis_server.settings, PREDICTION_LATENCY=LONG)
     paths = [accept(hasty.url, text) for text in "abcde"]
-    redis_server.set(paths[0], ":lease", "another worker")
-    redis_server.client.client_pause(1400)  # a batch is under way when they are cut short
+    redis_server.set(key_of(paths[0], ":lease"), "another worker")
+    redis_server.client_pause(1400)  # a batch is under way when they are cut short
     threading.Thread(target=answers, args=[hasty.url + paths[0]]).start()
     assert hasty.stop().count("Exception in ASGI application") >= 5  # they end as cancelled
-    leases = [redis_server.get(path, ":lease") for path in paths]
+    leases = [redis_server.get(key_of(path, ":lease")) for path in paths]
     assert leases == ["another worker", None, None, None, None]
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     assert completed(api, paths[1:]) == list("bcde")
@@ -125,14 +125,14 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
     wait_until(lambda: predict(api).status_code == 200)
 
 
-def test_failover_is_followed(redis_server, tmp_path, api_on, monkeypatch):
+def test_failover_is_followed(redis_server, tmp_path_factory, api_on, monkeypatch):
     def connect_to_new(**options):  # as if the name of the machine led there now
         return open_connection(**dict(options, port=new.port))
 
     open_connection = asyncio.open_connection
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
-    with RedisServer(tmp_path / "new") as new:
-        redis_server.client.replicaof("127.0.0.1", new.port)  # so it refuses writes
+    with RedisServer(tmp_path_factory.mktemp("new")) as new:
+        redis_server.replicaof("127.0.0.1", new.port)  # so it refuses writes
         monkeypatch.setattr(asyncio, "open_connection", connect_to_new)
         assert_503_within(2, predict, api)
         assert predict(api).status_code == 200
@@ -140,13 +140,13 @@ def test_failover_is_followed(redis_server, tmp_path, api_on, monkeypatch):
 
 def test_burst_is_served_at_once_over_few_connections(redis_server, api_on, models):
     api = api_on(**redis_server.settings)
-    redis_server.client.client_pause(500)  # so that all but the first wait for their turn
+    redis_server.client_pause(500)  # so that all but the first wait for their turn
     with ThreadPoolExecutor(200) as pool:
         futures = [pool.submit(predict, api) for _ in range(200)]
-        wait_until(lambda: len(models.inputs) == 200)
-        assert redis_server.client.info("clients")["connected_clients"] < 5
-        for number in range(200):
-            models.finish(number, "Done")
+        wait_until(lambda: len(models) == 200)
+        assert redis_server.info("clients")["connected_clients"] < 5
+        for model in models:
+            model.set_result("Done")
     assert {future.result().status_code for future in futures} == {200}
 
 
@@ -182,7 +182,7 @@ def test_synchronous_prediction_is_completed_and_kept(api, store):
     path = f"/predict/{prediction_id}"
     record = {"status": "processing", "input": "Some input data", "attempt": 1}
     assert store.record(path) == record
-    assert json.loads(store.get(path, ":output")) == output
+    assert json.loads(store.get(key_of(path, ":output"))) == output
     later = requests.get(api + path)
     assert (later.status_code, later.json()) == (200, prediction)
 
@@ -200,13 +200,13 @@ def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api,
     assert pending.headers["Retry-After"] == "1"
     record = {"status": "processing", "input": "Some input data", "attempt": 1}
     assert store.record(path) == record
-    assert store.get(path, ":lease").startswith(f"{main.WORKER}/")
-    assert store.get(path, ":output") is None
-    models.finish(0, "Done")
+    assert store.get(key_of(path, ":lease")).startswith(f"{main.WORKER}/")
+    assert store.get(key_of(path, ":output")) is None
+    models[0].set_result("Done")
     output = {"status": "completed", "input": "Some input data", "result": "Done"}
     done = {"prediction_id": prediction_id, "status": "completed", "output": output}
     assert poll(api, path) == done
-    assert json.loads(store.get(path, ":output")) == output
+    assert json.loads(store.get(key_of(path, ":output"))) == output
 
 
 @pytest.mark.parametrize("name", ["async_mode", "Async-Mode"])
@@ -238,7 +238,7 @@ def test_every_key_expires(api, store):
     main.settings.PREDICTION_TTL, main.settings.PREDICTION_TIMEOUT = 1000, 500
     poll(api, accept(api))
     poll(api, store.leave_orphan())
-    lives = sorted(store.client.pttl(key) / 1000 for key in store.client.scan_iter())
+    lives = sorted(store.pttl(key) / 1000 for key in store.scan_iter())
     assert len(lives) == 6
     assert 500.5 < lives[0] <= lives[1] <= 501  # a lease outlasts its attempt by a second
     assert 990 < lives[2] <= lives[5] <= 1000
@@ -287,7 +287,7 @@ def test_bad_body_is_4xx_and_not_repeated(api, store, name):
     assert response.json()["detail"]
     assert "secret" not in response.text
     assert len(response.content) < 300
-    assert store.client.keys() == []
+    assert store.keys() == []
 
 
 @pytest.mark.skipif(
@@ -378,19 +378,19 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
     main.settings.PREDICTION_ATTEMPTS = 2  # so this is the last
     path = store.leave_orphan()
     assert {response.status_code for response in at_once(20, requests.get, api + path)} == {202}
-    wait_until(lambda: models.inputs)
+    wait_until(lambda: models)
     on_server(main.make_next_attempt(main.app.state.redis, key_of(path)))  # of a slow 21st poll
-    models.finish(0, "Done")
+    models[0].set_result("Done")
     assert poll(api, path)["output"]["result"] == "Done"
     wait_for_attempts()
-    assert models.inputs == ["orphan"]
+    assert [model.input for model in models] == ["orphan"]
     assert store.record(path) == {"status": "processing", "input": "orphan", "attempt": 2}
 
 
 MEANWHILE = {  # what happens between taking the lease and looking at the prediction again
-    "the output arrives": lambda store, path: store.set(path, ":output", "{}"),
-    "the prediction expires": lambda store, path: store.expire(path),
-    "a freeze": lambda store, path: store.expire(path, ":lease"),
+    "the output arrives": lambda store, path: store.set(key_of(path, ":output"), "{}"),
+    "the prediction expires": lambda store, path: store.delete(key_of(path)),
+    "a freeze": lambda store, path: store.delete(key_of(path, ":lease")),
 }
 
 
@@ -408,38 +408,39 @@ def test_attempt_is_not_made_if(api, store, models, monkeypatch, caplog, name, a
     path = store.leave_orphan(attempt)
     assert requests.get(api + path).status_code == 202
     wait_for_attempts()
-    assert models.inputs == []
-    assert store.get(path, ":lease")
+    assert models == []
+    assert store.get(key_of(path, ":lease"))
     assert (store.record(path) or {"attempt": attempt})["attempt"] == attempt
-    assert store.get(path, ":output") in (None, "{}")
+    assert store.get(key_of(path, ":output")) in (None, "{}")
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("moment", ["take_lease", "mock_model"])
-def test_attempt_that_is_cut_short_ends_at_once(api, store, monkeypatch, caplog, moment):
-    async def do_and_hang(*args):
-        await function(*args)
-        await hang(moment)
+@pytest.mark.parametrize("begun", [False, True])
+def test_attempt_that_is_cut_short_ends_at_once(api, store, models, monkeypatch, caplog, begun):
+    async def take_lease_and_hang(*args):
+        await take_lease(*args)
+        await main.mock_model("not yet")
 
-    function, hang = getattr(main, moment), Models()
-    monkeypatch.setattr(main, moment, do_and_hang)
+    take_lease = main.take_lease
+    if not begun:
+        monkeypatch.setattr(main, "take_lease", take_lease_and_hang)
     path = store.leave_orphan()
     assert requests.get(api + path).status_code == 202
-    wait_until(lambda: hang.inputs)
+    wait_until(lambda: models)
     for task in SERVER.server_state.tasks:
         task.get_loop().call_soon_threadsafe(task.cancel)
     wait_for_attempts()
-    assert hang.results[0].cancelled()
-    assert bool(store.get(path, ":lease")) != isinstance(store, RedisServer)  # which runs scripts
+    wait_until(models[0].cancelled)
+    assert bool(store.get(key_of(path, ":lease"))) != isinstance(store, RedisServer)  # runs scripts
     assert "ResponseError" not in caplog.text
 
 
 @pytest.mark.parametrize("expired", [False, True])
 def test_synchronous_answer_is_the_first_output_unless_it_expires(api, store, monkeypatch, expired):
     async def model(text):
-        [key] = store.client.keys("*-????????????")
+        [key] = store.keys("*-????????????")
         output = main.Output(status="completed", input=text, result="The other one")
-        store.client.set(f"{key}:output", output.model_dump_json())
+        store.set(f"{key}:output", output.model_dump_json())
         return "Mine"
 
     async def get_nothing(key):
@@ -461,11 +462,11 @@ def test_one_round_trip_before_an_answer(redis_server, api_on, models, monkeypat
     monkeypatch.setattr(redis.asyncio.client.Pipeline, "execute", counted)
     path = accept(api)
     assert requests.get(api + path).status_code == 202
-    models.finish(0, "Done")
+    models[0].set_result("Done")
     wait_for_attempts()
     assert requests.get(api + path).status_code == 200
     assert round_trips == [2, 1, 1, 1]  # commands in each: accept, poll, store, poll
-    assert "cmdstat_multi" not in redis_server.client.info("commandstats")
+    assert "cmdstat_multi" not in redis_server.info("commandstats")
 
 
 # --- Redis that misbehaves --------------------------------------------------------------------
@@ -473,9 +474,9 @@ def test_one_round_trip_before_an_answer(redis_server, api_on, models, monkeypat
 
 def test_redis_that_is_full_is_503_until_there_is_room(redis_server, api_on):
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
-    redis_server.client.config_set("maxmemory", 1)
+    redis_server.config_set("maxmemory", 1)
     assert_503_within(2, predict, api)
-    redis_server.client.config_set("maxmemory", 0)
+    redis_server.config_set("maxmemory", 0)
     assert predict(api).status_code == 200
 
 
@@ -505,28 +506,27 @@ def test_redis_that_does_not_accept_connections_is_503_within_2_s(api_on):
 
 def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatch, caplog):
     tls_port = free_port()
-    tls = ("--tls-port", tls_port, "--tls-cert-file", certificate, "--tls-key-file", certificate)
+    tls = f"--tls-port {tls_port} --tls-auth-clients no --tls-cert-file".split()
     redis_server.kill()
-    redis_server.start(*tls, "--tls-auth-clients", "no")
-    redis_server.client.execute_command("ACL SETUSER", "api", "on", ">swordfish", "~*", "+@all")
+    redis_server.start(*tls, certificate, "--tls-key-file", certificate)
+    redis_server.execute_command("ACL SETUSER", "api", "on", ">swordfish", "~*", "+@all")
     right = {"REDIS_HOST": "localhost", "REDIS_PORT": tls_port, "REDIS_TLS": True}
     right.update(REDIS_USERNAME="api", REDIS_PASSWORD="swordfish")
+    assert_503_within(2, predict, api_on(**right))  # nobody trusts that certificate yet
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    assert predict(api_on(**right, PREDICTION_LATENCY=0)).status_code == 200
     for name, wrong in [
         ("REDIS_HOST", "127.0.0.1"),  # is not what the certificate is for
         ("REDIS_PASSWORD", "sardine"),
         ("REDIS_USERNAME", ""),
     ]:
         assert_503_within(2, predict, api_on(**dict(right, **{name: wrong})))
-    monkeypatch.delenv("SSL_CERT_FILE")
-    assert_503_within(2, predict, api_on(**right))
+    assert predict(api_on(**right, PREDICTION_LATENCY=0)).status_code == 200
     assert "swordfish" not in caplog.text
 
 
 def test_no_connection_is_left_open(redis_server, server, monkeypatch):
     def connections():
-        return len(redis_server.client.client_list())
+        return len(redis_server.client_list())
 
     before, lifespan = connections(), main.lifespan(main.app)
     settings = main.Settings.model_construct(REDIS_PORT=redis_server.port)
@@ -569,9 +569,9 @@ def test_batch_that_is_cancelled_while_it_waits_is_sent_all_the_same(redis_serve
         return await asyncio.gather(*pings)
 
     api_on(**redis_server.settings)
-    redis_server.client.client_pause(600)
+    redis_server.client_pause(600)
     assert on_server(ping_three_times()) == [True, True, True]
-    assert redis_server.client.info("clients")["connected_clients"] == 2  # one is ours
+    assert redis_server.info("clients")["connected_clients"] == 2  # one is ours
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
@@ -652,9 +652,9 @@ def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
     assert requests.get(api).status_code == 200
 
 
-def test_walkthrough_says_what_is_at_the_address_instead(api, api_on, monkeypatch):
+def test_walkthrough_says_what_is_at_the_address_instead(server, api_on, monkeypatch):
     cell = code_cells()["find"]
-    monkeypatch.setenv("API_URL", f"{api}/docs")
+    monkeypatch.setenv("API_URL", f"{server}/docs")
     with pytest.raises(AssertionError, match="Stop the other server"):
         exec(cell, {})
     monkeypatch.setenv("API_URL", api_on(REDIS_HOST="127.0.0.1", REDIS_PORT=free_port()))
@@ -725,8 +725,8 @@ def assert_503_within(seconds, request, *args):
     assert response.headers["Retry-After"] == "1"
 
 
-def key_of(path):
-    return path.replace("/predict/", "prediction:")
+def key_of(path, suffix=""):
+    return path.replace("/predict/", "prediction:") + suffix
 
 
 def environment(**settings):
@@ -742,46 +742,37 @@ def free_port():
 # --- What the tests are made of: stores -------------------------------------------------------
 
 
-class Store:
-    """Where a Redis is, or is said to be, with words for what the tests do to it."""
+class Store(redis.Redis):
+    """A client of a Redis, or of what is said to be one, with words for what the tests do to it."""
 
     def __init__(self, port):
+        super().__init__(port=port, decode_responses=True)
         self.port, self.settings = port, {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": port}
-        self.client = redis.Redis(port=port, decode_responses=True)
-
-    def get(self, path, suffix=""):
-        return self.client.get(key_of(path) + suffix)
 
     def record(self, path):
-        return json.loads(self.get(path) or "null")
-
-    def set(self, path, suffix, value):
-        self.client.set(key_of(path) + suffix, value, ex=100)
-
-    def expire(self, path, suffix=""):
-        self.client.delete(key_of(path) + suffix)
+        return json.loads(self.get(key_of(path)) or "null")
 
     def leave_orphan(self, attempt=1):
         """Leave what a killed worker leaves, after its lease has run out; return the path."""
         path = f"/predict/{uuid.uuid4()}"
-        self.set(path, "", main.Record(input="orphan", attempt=attempt).model_dump_json())
+        record = main.Record(input="orphan", attempt=attempt)
+        self.set(key_of(path), record.model_dump_json(), ex=100)
         return path
 
 
-class RedisServer(Store, contextlib.AbstractContextManager):
-    """A real Redis, which keeps what it holds in a folder."""
+class RedisServer(Store):
+    """A real Redis, which keeps what it holds in a folder, and its client."""
 
     def __init__(self, folder):
         super().__init__(free_port())
-        folder.mkdir()
         self.folder = folder
         self.start()
 
     def start(self, *options):
-        options = ("--port", self.port, "--save", "", "--appendonly", "yes", *options)
-        options += ("--appendfsync", "no")  # the default may put off a write that a kill then loses
-        command = ["redis-server", *map(str, options)]
-        self.process = subprocess.Popen(command, cwd=str(self.folder), stdout=PIPE)
+        # No fsync, since the default may put off a write that a kill then loses.
+        command = f"redis-server --port {self.port} --appendonly yes --appendfsync no".split()
+        own = {"cwd": str(self.folder), "stdout": PIPE}
+        self.process = subprocess.Popen([*command, *options], **own)
         assert any(b"Ready to accept" in line for line in self.process.stdout), "not started"
 
     def kill(self):
@@ -797,7 +788,7 @@ def redis_server(tmp_path):
     """A real Redis of its own, empty, which the test may kill."""
     if not shutil.which("redis-server"):
         pytest.skip("no redis-server program on this machine")
-    with RedisServer(tmp_path / "redis") as server:
+    with RedisServer(tmp_path) as server:
         yield server
 
 
@@ -861,18 +852,15 @@ def server():
 @pytest.fixture
 def api_on(server, monkeypatch):
     """Let the API connect to Redis: api_on(A_SETTING=its_value) returns the URL of the API."""
-    clients = []
 
     def on(**settings):
         monkeypatch.setattr(main, "settings", main.Settings(_env_file=None, **settings))
-        clients.append(on_server(main.connect()))
-        main.app.state.redis = clients[-1]
+        main.app.state.redis = on_server(main.connect())
         return server
 
     yield on
     wait_for_attempts()
-    for client in clients:
-        on_server(client.aclose())
+    on_server(main.app.state.redis.aclose())
 
 
 @pytest.fixture
@@ -883,26 +871,17 @@ def api(store, api_on):
     return api_on(**settings, PREDICTION_LATENCY=0.05)
 
 
-class Models:
-    """Models that are at work until a test lets them finish."""
-
-    def __init__(self):
-        self.inputs, self.results = [], []
-
-    async def __call__(self, text):
-        self.inputs.append(text)
-        self.results.append(asyncio.get_running_loop().create_future())
-        return await self.results[-1]
-
-    def finish(self, number, result):
-        future = self.results[number]
-        future.get_loop().call_soon_threadsafe(future.set_result, result)
-
-
 @pytest.fixture
 def models(monkeypatch):
-    models = Models()
-    monkeypatch.setattr(main, "mock_model", models)
+    """A list of the results that models are at work on, until a test sets them."""
+
+    async def model(text):
+        models.append(Future())
+        models[-1].input = text
+        return await asyncio.wrap_future(models[-1])
+
+    models = []
+    monkeypatch.setattr(main, "mock_model", model)
     return models
 
 

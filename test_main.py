@@ -155,8 +155,7 @@ def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
     assert poll(worker.url, accept(worker.url))["status"] == "completed"
     log = worker.stop()
     assert log.count("WARNING") == 1
-    assert f"No Redis answers at localhost:{port}" in log
-    assert "Set REDIS_HOST" in log
+    assert re.search(f"No Redis answers at localhost:{port}, .* Set REDIS_HOST ", log)
     assert "Traceback" not in log
 
 
@@ -495,12 +494,10 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
     right.update(REDIS_USERNAME="api", REDIS_PASSWORD="swordfish")
     assert_503_within(2, predict, api_on(**right))  # nobody trusts that certificate yet
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    for name, wrong in [
-        ("REDIS_HOST", "127.0.0.1"),  # is not what the certificate is for
-        ("REDIS_PASSWORD", "sardine"),
-        ("REDIS_USERNAME", ""),
-    ]:
-        assert_503_within(2, predict, api_on(**dict(right, **{name: wrong})))
+    # 127.0.0.1 is not what the certificate is for.
+    wrong = {"REDIS_HOST": "127.0.0.1", "REDIS_PASSWORD": "sardine", "REDIS_USERNAME": ""}
+    for name, value in wrong.items():
+        assert_503_within(2, predict, api_on(**dict(right, **{name: value})))
     assert predict(api_on(**right, PREDICTION_LATENCY=0)).status_code == 200
     assert "swordfish" not in caplog.text
 
@@ -808,13 +805,11 @@ def on_server(coroutine):
 @pytest.fixture(scope="session")
 def server():
     """The URL of the API that runs in a thread until all tests are done."""
-    thread = threading.Thread(target=lambda: asyncio.run(SERVER.serve()))
-    thread.start()
-    wait_until(lambda: SERVER.started)
-    yield f"http://127.0.0.1:{SERVER.servers[0].sockets[0].getsockname()[1]}"
-    SERVER.should_exit = True
-    thread.join(LONG)
-    assert not thread.is_alive()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, SERVER.serve())
+        wait_until(lambda: SERVER.started)
+        yield f"http://127.0.0.1:{SERVER.servers[0].sockets[0].getsockname()[1]}"
+        SERVER.should_exit = True
 
 
 @pytest.fixture

@@ -809,7 +809,7 @@ def server():
         pool.submit(asyncio.run, SERVER.serve())
         wait_until(lambda: SERVER.started)
         yield f"http://127.0.0.1:{SERVER.servers[0].sockets[0].getsockname()[1]}"
-        SERVER.should_exit = True
+        SERVER.should_exit = SERVER.force_exit = True  # also if attempts never end
 
 
 @pytest.fixture

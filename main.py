@@ -18,8 +18,8 @@ worker runs the model and stores the output, which is final. A model that raises
 is not tried again: its output is "failed".
 
 If the worker is killed, or cannot store the output, the lease expires without one. The next GET
-after that, at any worker, starts another attempt, so the model may run more than once. But after
-PREDICTION_ATTEMPTS attempts, it has "failed" stored instead. Either way, it answers "still
+after that, at any worker, starts another attempt, so the model may run more than once. Or, after
+PREDICTION_ATTEMPTS attempts, it stores "failed". Either way, that GET still answers "still
 processing". (A client that waits has no id yet, and must send its input again.)
 """
 
@@ -160,7 +160,7 @@ CREATE_ANSWERS: Dict[Any, Any] = {
     500: answer("Prediction failed."),
     503: answer("Redis is unavailable.", headers=RETRY_AFTER),
 }
-# Or in plain text, if the header Content-Length says more than max_body_size.
+# 413 is plain text if the header Content-Length says more than max_body_size.
 CREATE_ANSWERS[413]["content"]["text/plain"] = {"example": "Content Too Large"}
 READ_ANSWERS: Dict[Any, Any] = {
     202: answer("Prediction is still processing.", headers=RETRY_AFTER),
@@ -228,7 +228,7 @@ WORKER = uuid4().hex  # names this process in its leases, for GIVE_UP_LEASE
 async def accept(redis: Redis, key: str, text: str) -> None:
     """Store a new prediction's record and take its lease, in one round trip."""
     record = {"status": "processing", "input": text, "attempt": 1}
-    await asyncio.gather(  # BatchingRedis sends both together
+    await asyncio.gather(  # BatchingRedis, below, sends both together
         take_lease(redis, key),
         redis.set(key, json.dumps(record), ex=settings.PREDICTION_TTL),
     )
@@ -237,8 +237,9 @@ async def accept(redis: Redis, key: str, text: str) -> None:
 async def take_lease(redis: Redis, key: str) -> bytes:
     """Store a new lease unless there is one already; return the new one either way.
 
-    It lasts a second longer than an attempt may take, which is usually enough to store the output.
-    Once there is an output, the lease means nothing.
+    (Whether it was stored, a caller sees by reading the key.) It lasts a second longer than an
+    attempt may take, which is usually enough to store the output. Once there is an output, the
+    lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -269,8 +270,8 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
     own_lease = await take_lease(redis, key)
-    # Subtle: ask whose lease it is now, whatever set() returned. If this worker has been frozen
-    # since, its lease may have run out, and another worker may have taken the next.
+    # Subtle: between set(), in take_lease, and mget(), this worker may be frozen until its lease
+    # has run out and another worker takes the next. So what counts is which lease mget() finds.
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
@@ -311,7 +312,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, both are overdue, and the result may come second.
+            # If this process was frozen, time-out and result are both overdue, and the result may
+            # come second.
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # only asks it to stop, unless done
@@ -397,13 +399,13 @@ class BatchingRedis(Redis):
         super().__init__(**options)
         # The next batch, in a pipeline, which is redis-py's way to send many commands at once:
         self.batch = self.pipeline(transaction=False)
-        self.sending: Any = None  # the task that sends it, or the one before while it is empty
+        self.sending: Any = None  # the task of the batch that was begun last
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
-        if position == 0:  # it is the first
+        if position == 0:  # it begins a batch
             self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
@@ -413,7 +415,8 @@ class BatchingRedis(Redis):
     async def send_batch(self, previous: Any) -> List[Any]:
         """Send the next batch after the previous one; return the replies, in order."""
         while previous and not previous.done():
-            # If Ctrl+C is pressed twice, all tasks are cancelled. Send the batch all the same.
+            # If Ctrl+C is pressed twice, all tasks are cancelled. Send the batch all the same,
+            # since it may delete leases.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
         batch, self.batch = self.batch, self.pipeline(transaction=False)

@@ -227,11 +227,13 @@ WORKER = uuid4().hex  # names this process in its leases, for GIVE_UP_LEASE
 
 async def accept(redis: Redis, key: str, text: str) -> None:
     """Store a new prediction's record and take its lease, in one round trip."""
-    record = {"status": "processing", "input": text, "attempt": 1}
-    await asyncio.gather(  # BatchingRedis, below, sends both together
-        take_lease(redis, key),
-        redis.set(key, json.dumps(record), ex=settings.PREDICTION_TTL),
-    )
+    # BatchingRedis, below, sends both together:
+    await asyncio.gather(take_lease(redis, key), store_record(redis, key, text, attempt=1))
+
+
+async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
+    record = {"status": "processing", "input": text, "attempt": attempt}
+    await redis.set(key, json.dumps(record, ensure_ascii=False), ex=settings.PREDICTION_TTL)
 
 
 async def take_lease(redis: Redis, key: str) -> bytes:
@@ -276,14 +278,15 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
     record = json.loads(record_json)
-    if record["attempt"] < settings.PREDICTION_ATTEMPTS:
-        record["attempt"] += 1  # stored first, so that it counts if the model kills this worker
-        await redis.set(key, json.dumps(record), ex=settings.PREDICTION_TTL)
-        result = await run_model(key, record["input"])
+    text, attempt = record["input"], record["attempt"] + 1
+    if attempt <= settings.PREDICTION_ATTEMPTS:
+        # First, so that the attempt counts if the model kills this worker:
+        await store_record(redis, key, text, attempt)
+        result = await run_model(key, text)
     else:
         logger.error("%s has used up its attempts", key)
         result = None
-    await store_output(redis, key, record["input"], result)
+    await store_output(redis, key, text, result)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -404,9 +407,9 @@ class BatchingRedis(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)
-        self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
         if position == 0:  # it begins a batch
             self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
+        self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
         if isinstance(replies[position], Exception):
             raise replies[position]
@@ -419,6 +422,7 @@ class BatchingRedis(Redis):
             # since it may delete leases.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
+        previous = None  # or the tracebacks of errors would keep each batch in memory
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)
         try:

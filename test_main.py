@@ -11,6 +11,7 @@ the real one, `redis_server`. Where there is no such program, they are skipped.
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -541,6 +543,21 @@ def test_no_reply_is_mixed_up_among_errors_and_cancellations(redis_server, api_o
     assert {type(reply) for reply in replies[50::100]} == {asyncio.CancelledError}
     assert replies[1::2] == [b"%d" % number for number in range(1, 2_000, 2)]
     assert redis_server.info("stats")["total_connections_received"] == 2  # one of them is ours
+
+
+def test_errors_do_not_keep_earlier_batches_in_memory(redis_server, api_on):
+    async def fail_three_times():
+        client, batches = main.app.state.redis, []
+        for _ in range(3):
+            with contextlib.suppress(redis.ResponseError):
+                await client.incr("text")
+            batches.append(weakref.ref(client.sending))
+        gc.collect()
+        return [batch() is None for batch in batches]
+
+    api_on(**redis_server.settings)
+    redis_server.set("text", "not a number")
+    assert on_server(fail_three_times()) == [True, True, False]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])

@@ -239,9 +239,9 @@ async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
 async def take_lease(redis: Redis, key: str) -> bytes:
     """Store a new lease unless there is one already; return the new one either way.
 
-    (Whether it was stored, a caller sees by reading the key.) It lasts a second longer than an
-    attempt may take, which is usually enough to store the output. Once there is an output, the
-    lease means nothing.
+    (make_next_attempt compares it with the lease that it then reads; accept need not.) It lasts a
+    second longer than an attempt may take, which is usually enough to store the output. Once there
+    is an output, the lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -272,15 +272,16 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
     own_lease = await take_lease(redis, key)
-    # Subtle: between set(), in take_lease, and mget(), this worker may be frozen until its lease
-    # has run out and another worker takes the next. So what counts is which lease mget() finds.
+    # Subtle: once it has taken the lease, this worker may be frozen until that has run out and
+    # another worker takes the next. So what counts is which lease mget() finds. (A freeze later
+    # than that can cost a second run of the model, but the first output is kept.)
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
     record = json.loads(record_json)
     text, attempt = record["input"], record["attempt"] + 1
     if attempt <= settings.PREDICTION_ATTEMPTS:
-        # First, so that the attempt counts if the model kills this worker:
+        # Stored before the run, so that it counts if the model kills this worker:
         await store_record(redis, key, text, attempt)
         result = await run_model(key, text)
     else:
@@ -323,8 +324,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done yet. Or the model has cancelled its own task and then returned, which
-        # asyncio counts as cancelled.
+        # InvalidStateError: it is not done yet. CancelledError: the model has cancelled its own
+        # task and then returned, which asyncio counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -406,7 +407,7 @@ class BatchingRedis(Redis):
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
-        position = len(self.batch)
+        position = len(self.batch)  # of the command, and so of its reply
         if position == 0:  # it begins a batch
             self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
@@ -422,7 +423,8 @@ class BatchingRedis(Redis):
             # since it may delete leases.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
-        previous = None  # or the tracebacks of errors would keep each batch in memory
+        # An error's traceback holds these variables. All earlier batches would stay in memory.
+        previous = None
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)
         try:

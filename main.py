@@ -333,7 +333,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
 async def call_model(key: str, text: str) -> Optional[str]:
     try:
         result = await mock_model(text)
-        result.encode()  # raises unless it is text, and valid Unicode
+        str.encode(result)  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker
         with suppress(BaseException):  # some exceptions cannot be printed
@@ -345,7 +345,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
 # worker may have it by now.)
 GIVE_UP_LEASE = """
 local lease = redis.call('get', KEYS[1])
-if lease and lease:find(ARGV[1]) then redis.call('del', KEYS[1]) end
+if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
 """
 
 

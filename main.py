@@ -233,15 +233,16 @@ async def accept(redis: Redis, key: str, text: str) -> None:
 
 async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
     record = {"status": "processing", "input": text, "attempt": attempt}
-    await redis.set(key, json.dumps(record, ensure_ascii=False), ex=settings.PREDICTION_TTL)
+    record_json = json.dumps(record, ensure_ascii=False)  # False: emoji are shorter in UTF-8
+    await redis.set(key, record_json, ex=settings.PREDICTION_TTL)
 
 
 async def take_lease(redis: Redis, key: str) -> bytes:
-    """Store a new lease unless there is one already; return the new one either way.
+    """Store a new lease unless there is one already; return the new one in either case.
 
-    (make_next_attempt compares it with the lease that it then reads; accept need not.) It lasts a
-    second longer than an attempt may take, which is usually enough to store the output. Once there
-    is an output, the lease means nothing.
+    So the caller has the lease only if the next read finds it in Redis: see make_next_attempt.
+    (accept need not look, since its prediction is new.) A lease lasts a second longer than an
+    attempt may take, which is usually enough to store the output. After that, it means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -274,7 +275,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     own_lease = await take_lease(redis, key)
     # Subtle: once it has taken the lease, this worker may be frozen until that has run out and
     # another worker takes the next. So what counts is which lease mget() finds. (A freeze later
-    # than that can cost a second run of the model, but the first output is kept.)
+    # than that can cost more runs of the model than are counted, but the first output is kept.)
     record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if lease != own_lease or output_json or not record_json:
         return  # another attempt has the lease, or the prediction is finished by now, or expired
@@ -387,19 +388,29 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 
 
 class BatchingRedis(Redis):
-    """A Redis client that sends the commands of all requests in batches, one at a time.
+    """A Redis client that collects the commands of all requests, and sends them batch by batch.
 
-    That takes one connection. The first command of a batch starts a task, which waits for the task
-    of the batch before, while more commands join, and then sends the batch. redis-py's plain Redis,
-    with its pool of connections, would also do, but took 1.5 times the processor time under load.
-    And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited longer
-    than 5 s for their 503 when Redis was frozen.
+    So one connection is enough. The first command of a batch starts a task, which waits for the
+    task of the batch before, while more commands join, and then sends the batch. redis-py's plain
+    Redis, with its pool of connections, would also do, but took 1.5 times the processor time under
+    load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited
+    longer than 5 s for their 503 when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
+        options.update(
+            # Of the two versions of Redis's protocol, the older: with version 3, redis-py 8 does
+            # not notice that Redis has been restarted, and one request gets 503 (seen in a trial).
+            protocol=2,
+            # Seconds until a batch fails. A command may wait for two batches, the one under way and
+            # its own.
+            socket_connect_timeout=0.7,  # Redis cannot be reached
+            socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
+            retry=None,  # never; redis-py 8 would retry ten times
+        )
         super().__init__(**options)
         # The next batch, in a pipeline, which is redis-py's way to send many commands at once:
         self.batch = self.pipeline(transaction=False)
@@ -408,7 +419,8 @@ class BatchingRedis(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)  # of the command, and so of its reply
-        if position == 0:  # it begins a batch
+        # It begins a batch. (Or the task of the batch was cancelled before it began.)
+        if position == 0 or self.sending.done():
             self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
         replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
@@ -423,7 +435,8 @@ class BatchingRedis(Redis):
             # since it may delete leases.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
-        # An error's traceback holds these variables. All earlier batches would stay in memory.
+        # On newer Pythons, the traceback of an error keeps these variables. Without this line, it
+        # would keep the previous batch, and that one the batch before, and so on.
         previous = None
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)
@@ -432,9 +445,9 @@ class BatchingRedis(Redis):
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
         if any(isinstance(reply, Exception) for reply in replies):
-            # After any error, the next batch connects anew, to what REDIS_HOST names by then. For
-            # in a failover, a copy of Redis on another machine takes over (what it has not copied
-            # yet is lost), and the old one refuses writes. What has failed is not sent again.
+            # In a failover, a copy of Redis on another machine takes over (what it has not copied
+            # yet is lost), and the old one refuses writes. So after any error, the next batch
+            # connects anew, to what REDIS_HOST names by then. What has failed is not sent again.
             with suppress(BaseException):  # whatever it is, go on
                 await self.connection_pool.disconnect()
         return replies
@@ -462,14 +475,6 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # Of the two versions of Redis's protocol, the older: with version 3, redis-py 8 does not
-        # notice that Redis has been restarted, and one request gets 503 (seen in a trial).
-        protocol=2,
-        # Seconds until a batch fails. A command may wait for two batches, the one under way and its
-        # own.
-        socket_connect_timeout=0.7,  # Redis cannot be reached
-        socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
-        retry=None,  # never; redis-py 8 would retry ten times
     )
     try:
         await redis.ping()

@@ -133,10 +133,12 @@ def test_failover_is_followed(redis_server, tmp_path_factory, api_on, monkeypatc
     open_connection = asyncio.open_connection
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     with RedisServer(tmp_path_factory.mktemp("new")) as new:
+        path = new.leave_orphan()  # accepted before, and copied by then
         redis_server.replicaof("127.0.0.1", new.port)  # so it refuses writes
         monkeypatch.setattr(asyncio, "open_connection", connect_to_new)
         assert_503_within(2, predict, api)
         assert predict(api).status_code == 200
+        assert poll(api, path)["status"] == "completed"
 
 
 def test_burst_is_served_at_once_over_few_connections(redis_server, api_on, models):
@@ -319,6 +321,8 @@ MISBEHAVING_MODELS = {
     "is a generator": "async def model(text): yield text",
     "returns nothing": "async def model(text): pass",
     "returns no text": "async def model(text): return 42",
+    "returns what only looks like text": """async def model(text):
+        return type("Text", (), {"encode": print})()""",
     "returns half a character": r"async def model(text): return '\ud800'",
 }
 
@@ -558,6 +562,20 @@ def test_errors_do_not_keep_earlier_batches_in_memory(redis_server, api_on):
     api_on(**redis_server.settings)
     redis_server.set("text", "not a number")
     assert on_server(fail_three_times()) == [True, True, False]
+
+
+def test_batch_that_is_cancelled_before_it_begins_is_the_only_one(redis_server, api_on):
+    async def ping_three_times():
+        client = main.app.state.redis
+        first = asyncio.ensure_future(client.ping())
+        await asyncio.sleep(0)  # now its batch has a task, which has not begun
+        client.sending.cancel()
+        return await asyncio.gather(first, client.ping(), client.ping(), return_exceptions=True)
+
+    api_on(**redis_server.settings)
+    cancelled, *replies = on_server(ping_three_times())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert replies == [True, True]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
@@ -850,7 +868,8 @@ def api_on(server, monkeypatch):
 
     yield on
     wait_for_attempts()
-    on_server(main.app.state.redis.aclose())
+    if hasattr(main.app.state, "redis"):  # unless the test failed before it connected
+        on_server(main.app.state.redis.aclose())
 
 
 @pytest.fixture

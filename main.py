@@ -116,7 +116,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. For a larger body, FastAPI sends 413 (before its version 0.164, it ignores this).
+# In bytes. For a larger body, FastAPI sends 413. (Before version 0.164, it ignores this. That is
+# what you have on a Python older than 3.11.)
 app.router.max_body_size = 1_000_000
 
 
@@ -185,7 +186,9 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    await accept(redis, key, body.input)  # on RedisError, answer_unavailable sends 503
+    # Also for a client that waits, who can then look it up. On RedisError, answer_unavailable sends
+    # 503.
+    await accept(redis, key, body.input)
     if async_mode or hyphenated:
         # in_background calls make_attempt(redis, key, body.input), and logs a RedisError.
         tasks.add_task(in_background, make_attempt, redis, key, body.input)
@@ -240,9 +243,9 @@ async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
 async def take_lease(redis: Redis, key: str) -> bytes:
     """Store a new lease unless there is one already; return the new one in either case.
 
-    So the caller has the lease only if the next read finds it in Redis: see make_next_attempt.
-    (accept need not look, since its prediction is new.) A lease lasts a second longer than an
-    attempt may take, which is usually enough to store the output. After that, it means nothing.
+    What set() returns is not enough to go by: see make_next_attempt. (accept need not know, since
+    its prediction is new.) A lease lasts a second longer than an attempt may take, which is usually
+    enough to store the output. Once there is an output, the lease means nothing.
     """
     lease = f"{WORKER}/{uuid4().hex}".encode()
     milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
@@ -325,8 +328,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done yet. CancelledError: the model has cancelled its own
-        # task and then returned, which asyncio counts as cancelled.
+        # InvalidStateError: it is not done yet, since cancel() takes effect later. CancelledError:
+        # the model has cancelled its own task and then returned, which asyncio counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -419,7 +422,7 @@ class BatchingRedis(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
         position = len(self.batch)  # of the command, and so of its reply
-        # It begins a batch. (Or the task of the batch was cancelled before it began.)
+        # It begins a batch. (Or the batch's task was cancelled before it began; another sends all.)
         if position == 0 or self.sending.done():
             self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
         self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
@@ -435,8 +438,8 @@ class BatchingRedis(Redis):
             # since it may delete leases.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({previous})
-        # On newer Pythons, the traceback of an error keeps these variables. Without this line, it
-        # would keep the previous batch, and that one the batch before, and so on.
+        # Without this, errors among the replies would keep the previous batch in memory, that one
+        # the batch before, and so on (on Python 3.13, in a trial).
         previous = None
         batch, self.batch = self.batch, self.pipeline(transaction=False)
         size = len(batch)
@@ -471,7 +474,7 @@ async def connect() -> Redis:
     redis = BatchingRedis(
         host=settings.REDIS_HOST,
         port=settings.REDIS_PORT,
-        username=settings.REDIS_USERNAME,
+        username=settings.REDIS_USERNAME,  # if both are empty, redis-py does not log in
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,

@@ -9,7 +9,7 @@ Predictions are kept in Redis, a server that stores values under keys; without o
 imitates it in this process. A prediction has up to three keys:
 
     prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    5f0c.../77ab..., random names of a worker and its attempt
+    prediction:1b9d...:lease    77ab..., a random name of an attempt
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker (a process running this file) accepts a prediction by storing its record and a lease. A
@@ -27,9 +27,10 @@ import asyncio
 import json
 import logging
 import pathlib
+import socket
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
-from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Union
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional, Union
 from uuid import UUID, uuid4
 
 from fakeredis import FakeAsyncRedis
@@ -39,6 +40,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import Redis
+from redis.asyncio.lock import Lock
 from redis.exceptions import RedisError
 
 logger = logging.getLogger("uvicorn.error")  # uvicorn's log, not just errors
@@ -106,7 +108,8 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
-    await disconnect(app.state.redis)
+    await asyncio.sleep(0.2)  # let attempts that were cut short release their leases
+    await app.state.redis.aclose()
 
 
 app = FastAPI(
@@ -188,13 +191,13 @@ async def create_prediction(
     key = f"prediction:{prediction_id}"
     # Also for a client that waits, who can then look it up. On RedisError, answer_unavailable sends
     # 503.
-    await accept(redis, key, body.input)
+    lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        # in_background calls make_attempt(redis, key, body.input), and logs a RedisError.
-        tasks.add_task(in_background, make_attempt, redis, key, body.input)
+        # in_background calls make_attempt(redis, key, body.input, lease), and logs a RedisError.
+        tasks.add_task(in_background, make_attempt, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
+    output = await make_attempt(redis, key, body.input, lease)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -220,18 +223,29 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# In redis.set(), ex or px is the key's life in seconds or milliseconds. With nx=True, it only sets
-# a key that does not exist, and returns None otherwise, so only one of many workers succeeds.
-# Values that Redis returns are bytes.
+# In redis.set(), ex is the key's life in seconds. With nx=True, it only sets a key that does not
+# exist, and returns None otherwise. Values that Redis returns are bytes.
 # See https://redis.io/docs/latest/commands/set/
 
-WORKER = uuid4().hex  # names this process in its leases, for GIVE_UP_LEASE
+
+def new_lease(redis: Redis, key: str) -> Lock:
+    """Return a lease to be taken, as redis-py's lock, which runs out by itself.
+
+    acquire() sets its key to a random name if the key does not exist, and returns whether it did;
+    so only one of many workers gets the lease. owned() and release() check for that name first. It
+    lasts a second longer than an attempt may take, which is usually enough to store the output.
+    Once there is an output, the lease means nothing.
+    """
+    seconds = settings.PREDICTION_TIMEOUT + 1
+    return redis.lock(f"{key}:lease", timeout=seconds, blocking=False)
 
 
-async def accept(redis: Redis, key: str, text: str) -> None:
+async def accept(redis: Redis, key: str, text: str) -> Lock:
     """Store a new prediction's record and take its lease, in one round trip."""
+    lease = new_lease(redis, key)
     # BatchingRedis, below, sends both together:
-    await asyncio.gather(take_lease(redis, key), store_record(redis, key, text, attempt=1))
+    await asyncio.gather(lease.acquire(), store_record(redis, key, text, attempt=1))
+    return lease
 
 
 async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
@@ -240,26 +254,13 @@ async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
     await redis.set(key, record_json, ex=settings.PREDICTION_TTL)
 
 
-async def take_lease(redis: Redis, key: str) -> bytes:
-    """Store a new lease unless there is one already; return the new one in either case.
-
-    What set() returns is not enough to go by: see make_next_attempt. (accept need not know, since
-    its prediction is new.) A lease lasts a second longer than an attempt may take, which is usually
-    enough to store the output. Once there is an output, the lease means nothing.
-    """
-    lease = f"{WORKER}/{uuid4().hex}".encode()
-    milliseconds = int(settings.PREDICTION_TIMEOUT * 1000) + 1000
-    await redis.set(f"{key}:lease", lease, nx=True, px=milliseconds)
-    return lease
-
-
-async def make_attempt(redis: Redis, key: str, text: str) -> Output:
+async def make_attempt(redis: Redis, key: str, text: str, lease: Lock) -> Output:
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
     attempt follows if one is left.
     """
-    return await store_output(redis, key, text, await run_model(key, text))
+    return await store_output(redis, key, text, await run_model(key, text, lease))
 
 
 async def store_output(redis: Redis, key: str, text: str, result: Optional[str]) -> Output:
@@ -275,23 +276,30 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 async def make_next_attempt(redis: Redis, key: str) -> None:
     """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
-    own_lease = await take_lease(redis, key)
-    # Subtle: once it has taken the lease, this worker may be frozen until that has run out and
-    # another worker takes the next. So what counts is which lease mget() finds. (A freeze later
-    # than that can cost more runs of the model than are counted, but the first output is kept.)
-    record_json, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
-    if lease != own_lease or output_json or not record_json:
-        return  # another attempt has the lease, or the prediction is finished by now, or expired
+    lease = new_lease(redis, key)
+    if not await lease.acquire():
+        return  # another attempt has it
+    record_json, output_json = await redis.mget(key, f"{key}:output")
+    if output_json or not record_json or not await lease.owned():
+        return  # finished by now, or expired, or this worker was frozen until the lease ran out
     record = json.loads(record_json)
     text, attempt = record["input"], record["attempt"] + 1
     if attempt <= settings.PREDICTION_ATTEMPTS:
         # Stored before the run, so that it counts if the model kills this worker:
         await store_record(redis, key, text, attempt)
-        result = await run_model(key, text)
+        result = await run_model(key, text, lease)
     else:
         logger.error("%s has used up its attempts", key)
         result = None
     await store_output(redis, key, text, result)
+
+
+async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    """Make an attempt after the answer was sent, when an error can only be logged."""
+    try:
+        await attempt(*args)
+    except RedisError as error:
+        logger.error("Redis is unavailable, and an attempt is lost: %s", error)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -313,8 +321,12 @@ async def mock_model(text: str) -> str:
 # --- The machine room: handling faults. You may stop reading here. ----------------------------
 
 
-async def run_model(key: str, text: str) -> Optional[str]:
-    """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
+async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
+    """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT.
+
+    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels this (and
+    clients that wait get 500). Then release the lease, so that the next GET starts another attempt.
+    """
     task = asyncio.create_task(call_model(key, text))
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
@@ -323,13 +335,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
             # If this process was frozen, time-out and result are both overdue, and the result may
             # come second.
             await asyncio.wait({task}, timeout=0.1)
+    except asyncio.CancelledError:
+        with suppress(RedisError):  # fakeredis, for one, cannot do it
+            await lease.release()
+        raise
     finally:
-        task.cancel()  # only asks it to stop, unless done
+        task.cancel()  # unless it is done, ask it to stop
     try:
-        return task.result()
+        return task.result()  # raises if it has not stopped yet, or if it has cancelled itself
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done yet, since cancel() takes effect later. CancelledError:
-        # the model has cancelled its own task and then returned, which asyncio counts as cancelled.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -343,38 +357,6 @@ async def call_model(key: str, text: str) -> Optional[str]:
         with suppress(BaseException):  # some exceptions cannot be printed
             logger.exception("%s: the model has failed or was cancelled", key)
         return None
-
-
-# Redis runs this script as one command: delete lease KEYS[1] if it names worker ARGV[1]. (Another
-# worker may have it by now.)
-GIVE_UP_LEASE = """
-local lease = redis.call('get', KEYS[1])
-if lease and lease:match('[^/]+') == ARGV[1] then redis.call('del', KEYS[1]) end
-"""
-
-
-async def in_background(attempt: Callable[..., Any], redis: Redis, key: str, *args: str) -> None:
-    """Make an attempt after the answer was sent, when an error can only be logged.
-
-    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels this (and
-    clients that wait get 500). Then delete the lease, so that the next GET starts another attempt.
-    """
-    try:
-        await attempt(redis, key, *args)
-    except RedisError as error:
-        logger.error("Redis is unavailable, and an attempt is lost: %s", error)
-    except asyncio.CancelledError:
-        with suppress(RedisError):  # fakeredis, for one, cannot run scripts
-            await redis.eval(GIVE_UP_LEASE, 1, f"{key}:lease", WORKER)  # 1 key
-        raise
-
-
-async def disconnect(redis: Redis) -> None:
-    """Close the client, but not before in_background has deleted leases."""
-    await asyncio.sleep(0.2)  # let cancelled attempts go on, to where they delete their leases
-    with suppress(RedisError):
-        await redis.ping()  # batches are sent in order, so this waits for the deletions
-    await redis.aclose()
 
 
 @app.exception_handler(RedisError)
@@ -393,11 +375,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that collects the commands of all requests, and sends them batch by batch.
 
-    So one connection is enough. The first command of a batch starts a task, which waits for the
-    task of the batch before, while more commands join, and then sends the batch. redis-py's plain
-    Redis, with its pool of connections, would also do, but took 1.5 times the processor time under
-    load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited
-    longer than 5 s for their 503 when Redis was frozen.
+    So one connection is enough. While a batch is under way, commands join the next. redis-py's
+    plain Redis, with its pool of connections, would also do, but took 1.5 times the processor time
+    under load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or
+    waited longer than 5 s for their 503 when Redis was frozen.
 
     Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -415,56 +396,54 @@ class BatchingRedis(Redis):
             retry=None,  # never; redis-py 8 would retry ten times
         )
         super().__init__(**options)
-        # The next batch, in a pipeline, which is redis-py's way to send many commands at once:
-        self.batch = self.pipeline(transaction=False)
-        self.sending: Any = None  # the task of the batch that was begun last
+        self.waiting: List[Any] = []  # the next batch: commands, each with a future for its reply
+        self.sending: Any = None  # the task that sends a batch, if one is under way
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
-        position = len(self.batch)  # of the command, and so of its reply
-        # It begins a batch. (Or the batch's task was cancelled before it began; another sends all.)
-        if position == 0 or self.sending.done():
-            self.sending = asyncio.create_task(self.send_batch(previous=self.sending))
-        self.batch.pipeline_execute_command(*args, **options)  # only adds it to the batch
-        replies = await asyncio.shield(self.sending)  # goes on if this request is cancelled
-        if isinstance(replies[position], Exception):
-            raise replies[position]
-        return replies[position]
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((args, options, future))
+        if not self.sending:
+            self.start_next_batch()
+        reply = await future
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
-    async def send_batch(self, previous: Any) -> List[Any]:
-        """Send the next batch after the previous one; return the replies, in order."""
-        while previous and not previous.done():
-            # If Ctrl+C is pressed twice, all tasks are cancelled. Send the batch all the same,
-            # since it may delete leases.
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait({previous})
-        # Without this, errors among the replies would keep the previous batch in memory, that one
-        # the batch before, and so on (on Python 3.13, in a trial).
-        previous = None
-        batch, self.batch = self.batch, self.pipeline(transaction=False)
-        size = len(batch)
+    def start_next_batch(self, previous: Any = None) -> None:
+        self.sending = None
+        if self.waiting:
+            self.sending = asyncio.create_task(self.send_batch())
+            self.sending.add_done_callback(self.start_next_batch)
+
+    async def send_batch(self) -> None:
+        batch, self.waiting = self.waiting, []
+        # A pipeline is redis-py's way to send many commands at once, and then read all replies.
+        pipeline = self.pipeline(transaction=False)
+        for args, options, _ in batch:
+            pipeline.pipeline_execute_command(*args, **options)  # only adds it
         try:
-            replies = await batch.execute(raise_on_error=False)
+            replies = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
-            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in range(size)]
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
+        for (_, _, future), reply in zip(batch, replies):
+            if not future.done():  # the request that waits for it may have been cancelled
+                future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
             # In a failover, a copy of Redis on another machine takes over (what it has not copied
             # yet is lost), and the old one refuses writes. So after any error, the next batch
             # connects anew, to what REDIS_HOST names by then. What has failed is not sent again.
             with suppress(BaseException):  # whatever it is, go on
                 await self.connection_pool.disconnect()
-        return replies
 
 
 async def connect() -> Redis:
     """Return a client of Redis, or fakeredis if REDIS_HOST is not set and nothing answers."""
     address = f"{settings.REDIS_HOST}:{settings.REDIS_PORT}"
     if "REDIS_HOST" not in settings.model_fields_set:  # neither in the environment nor in .env
-        try:
-            opening = asyncio.open_connection(settings.REDIS_HOST, settings.REDIS_PORT)
-            _, writer = await asyncio.wait_for(opening, timeout=1)
-            writer.close()
-        except (OSError, asyncio.TimeoutError):
+        try:  # blocks, but nothing is served yet
+            socket.create_connection((settings.REDIS_HOST, settings.REDIS_PORT), timeout=1).close()
+        except OSError:
             logger.warning(
                 "No Redis answers at %s, so predictions are kept in this one process and forgotten "
                 "when it exits. Set REDIS_HOST to use a real Redis.",

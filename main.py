@@ -9,18 +9,18 @@ Predictions are kept in Redis, a server that stores values under keys; without o
 imitates it in this process. A prediction has up to three keys:
 
     prediction:1b9d...          its record, {"status": "processing", "input": "Hi", "attempt": 1}
-    prediction:1b9d...:lease    77ab..., a random name of an attempt
+    prediction:1b9d...:lease    77ab..., a unique name of an attempt
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process running this file) accepts a prediction by storing its record and a lease. A
-lease says that somebody is at work, and expires soon after the time limit of an attempt. Then the
-worker runs the model and stores the output, which is final. A model that raises or takes too long
-is not tried again: its output is "failed".
+A worker (a process running this file; any number can share one Redis) accepts a prediction by
+storing its record and a lease. A lease says that an attempt is under way, and expires soon after
+the time limit of an attempt. Then the worker runs the model and stores the output, which is final.
+A model that raises or takes too long is not tried again: its output is "failed".
 
-If the worker is killed, or cannot store the output, the lease expires without one. The next GET
-after that, at any worker, starts another attempt, so the model may run more than once. Or, after
-PREDICTION_ATTEMPTS attempts, it stores "failed". Either way, that GET still answers "still
-processing". (A client that waits has no id yet, and must send its input again.)
+If the worker is killed, or cannot store the output, the lease expires and there is no output. The
+next GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
+after PREDICTION_ATTEMPTS attempts, it stores "failed". (A client that waits gets the id only with
+its answer, so if the worker is killed, it must send its input again.)
 """
 
 import asyncio
@@ -108,7 +108,8 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
-    await asyncio.sleep(0.2)  # let attempts that were cut short release their leases
+    # If uvicorn's --timeout-graceful-shutdown has cut some short, let run_model release the leases.
+    await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
 
@@ -189,11 +190,10 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Also for a client that waits, who can then look it up. On RedisError, answer_unavailable sends
-    # 503.
+    # If it raises RedisError, answer_unavailable sends 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        # in_background calls make_attempt(redis, key, body.input, lease), and logs a RedisError.
+        # in_background calls make_attempt with what follows, and logs a RedisError.
         tasks.add_task(in_background, make_attempt, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
@@ -229,28 +229,27 @@ async def read_prediction(
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
-    """Return a lease to be taken, as redis-py's lock, which runs out by itself.
+    """Return a lease that nobody has taken yet. It is redis-py's lock, and expires by itself.
 
-    acquire() sets its key to a random name if the key does not exist, and returns whether it did;
-    so only one of many workers gets the lease. owned() and release() check for that name first. It
-    lasts a second longer than an attempt may take, which is usually enough to store the output.
-    Once there is an output, the lease means nothing.
+    acquire() sets its key to a unique name if the key does not exist, and returns at once whether
+    it did, so only one of many workers gets the lease. owned() asks whether the key still has that
+    name, and release() deletes it only then. The lease lasts a second longer than an attempt may
+    take, which is usually enough to store the output. After that, it means nothing.
     """
     seconds = settings.PREDICTION_TIMEOUT + 1
     return redis.lock(f"{key}:lease", timeout=seconds, blocking=False)
 
 
 async def accept(redis: Redis, key: str, text: str) -> Lock:
-    """Store a new prediction's record and take its lease, in one round trip."""
+    """Store a new prediction's record and take its lease, in one round trip (see BatchingRedis)."""
     lease = new_lease(redis, key)
-    # BatchingRedis, below, sends both together:
     await asyncio.gather(lease.acquire(), store_record(redis, key, text, attempt=1))
     return lease
 
 
 async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
     record = {"status": "processing", "input": text, "attempt": attempt}
-    record_json = json.dumps(record, ensure_ascii=False)  # False: emoji are shorter in UTF-8
+    record_json = json.dumps(record, ensure_ascii=False)
     await redis.set(key, record_json, ex=settings.PREDICTION_TTL)
 
 
@@ -258,7 +257,7 @@ async def make_attempt(redis: Redis, key: str, text: str, lease: Lock) -> Output
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
-    attempt follows if one is left.
+    attempt follows if one is left. run_model needs the lease only to release it if it is cut short.
     """
     return await store_output(redis, key, text, await run_model(key, text, lease))
 
@@ -280,8 +279,10 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if not await lease.acquire():
         return  # another attempt has it
     record_json, output_json = await redis.mget(key, f"{key}:output")
-    if output_json or not record_json or not await lease.owned():
-        return  # finished by now, or expired, or this worker was frozen until the lease ran out
+    if output_json or not record_json:
+        return  # the prediction is finished by now, or expired
+    if not await lease.owned():
+        return  # this worker was frozen until the lease had expired, and another may have taken it
     record = json.loads(record_json)
     text, attempt = record["input"], record["attempt"] + 1
     if attempt <= settings.PREDICTION_ATTEMPTS:
@@ -332,18 +333,19 @@ async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, time-out and result are both overdue, and the result may
-            # come second.
+            # After a freeze of this process, time-out and result are both overdue, and the time-out
+            # may come first.
             await asyncio.wait({task}, timeout=0.1)
     except asyncio.CancelledError:
-        with suppress(RedisError):  # fakeredis, for one, cannot do it
+        with suppress(RedisError):  # if it is another's by now, or in fakeredis, which cannot do it
             await lease.release()
         raise
     finally:
-        task.cancel()  # unless it is done, ask it to stop
+        task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
-        return task.result()  # raises if it has not stopped yet, or if it has cancelled itself
+        return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
+        # It is not done yet; or the model has cancelled its own task, and then returned.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -373,31 +375,31 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 
 
 class BatchingRedis(Redis):
-    """A Redis client that collects the commands of all requests, and sends them batch by batch.
+    """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    So one connection is enough. While a batch is under way, commands join the next. redis-py's
-    plain Redis, with its pool of connections, would also do, but took 1.5 times the processor time
-    under load. And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or
-    waited longer than 5 s for their 503 when Redis was frozen.
+    While a batch is under way, commands collect for the next. redis-py's plain Redis, with its pool
+    of connections, would also do, but took 1.5 times the processor time under load. And with 8, 32
+    or 100 connections, some of 2,000 simultaneous requests failed, or waited longer than 5 s for
+    their 503 when Redis was frozen. Not for commands that block, such as BLPOP.
 
-    Not for commands that block, such as BLPOP.
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
         options.update(
-            # Of the two versions of Redis's protocol, the older: with version 3, redis-py 8 does
-            # not notice that Redis has been restarted, and one request gets 503 (seen in a trial).
+            # The version of Redis's protocol. With 3, redis-py 8 does not notice when Redis has
+            # been restarted, and one request gets 503 (seen in a trial).
             protocol=2,
-            # Seconds until a batch fails. A command may wait for two batches, the one under way and
-            # its own.
-            socket_connect_timeout=0.7,  # Redis cannot be reached
-            socket_timeout=1.5,  # Redis is frozen: it lets us connect, but does not reply
+            # Seconds. A command waits for at most two batches, the one under way and its own. So
+            # clients get their 503 within 2 s if Redis cannot be reached, and within 5 s if it is
+            # frozen, that is, lets us connect but does not reply.
+            socket_connect_timeout=0.7,
+            socket_timeout=1.5,  # for each reply
             retry=None,  # never; redis-py 8 would retry ten times
         )
         super().__init__(**options)
         self.waiting: List[Any] = []  # the next batch: commands, each with a future for its reply
-        self.sending: Any = None  # the task that sends a batch, if one is under way
+        self.sending: Any = None  # the task that sends the batch under way, if any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's methods, such as set(), all call this."""
@@ -411,6 +413,7 @@ class BatchingRedis(Redis):
         return reply
 
     def start_next_batch(self, previous: Any = None) -> None:
+        """Called by the first command, and whenever a batch is done, however it ended."""
         self.sending = None
         if self.waiting:
             self.sending = asyncio.create_task(self.send_batch())
@@ -418,7 +421,8 @@ class BatchingRedis(Redis):
 
     async def send_batch(self) -> None:
         batch, self.waiting = self.waiting, []
-        # A pipeline is redis-py's way to send many commands at once, and then read all replies.
+        # redis-py's Pipeline sends many commands at once, and then reads all replies. It does not
+        # use execute_command above.
         pipeline = self.pipeline(transaction=False)
         for args, options, _ in batch:
             pipeline.pipeline_execute_command(*args, **options)  # only adds it
@@ -430,10 +434,10 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # In a failover, a copy of Redis on another machine takes over (what it has not copied
-            # yet is lost), and the old one refuses writes. So after any error, the next batch
-            # connects anew, to what REDIS_HOST names by then. What has failed is not sent again.
-            with suppress(BaseException):  # whatever it is, go on
+            # In a failover, a copy of Redis on another machine takes over (without what it has not
+            # copied yet), and the old one refuses writes. So after any error, the next batch opens
+            # a connection to what REDIS_HOST names by then. What has failed is not sent again.
+            with suppress(BaseException):
                 await self.connection_pool.disconnect()
 
 

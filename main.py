@@ -332,9 +332,7 @@ async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():
-            # After a freeze of this process, time-out and result are both overdue, and the time-out
-            # may come first.
+        if not task.done():  # after a freeze of this process, the result may be overdue as well
             await asyncio.wait({task}, timeout=0.1)
     except asyncio.CancelledError:
         with suppress(RedisError):  # if it is another's by now, or in fakeredis, which cannot do it

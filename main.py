@@ -19,8 +19,8 @@ A model that raises or takes too long is not tried again: its output is "failed"
 
 If the worker is killed, or cannot store the output, the lease expires and there is no output. The
 next GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
-after PREDICTION_ATTEMPTS attempts, it stores "failed". (A client that waits gets the id only with
-its answer, so if the worker is killed, it must send its input again.)
+after PREDICTION_ATTEMPTS attempts, it stores "failed". (A client that waits learns the id only when
+its prediction is completed. If anything goes wrong, it must send its input again.)
 """
 
 import asyncio
@@ -108,7 +108,7 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
-    # If uvicorn's --timeout-graceful-shutdown has cut some short, let run_model release the leases.
+    # If uvicorn's --timeout-graceful-shutdown has cancelled some, let run_model release the leases.
     await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
@@ -184,7 +184,7 @@ async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same header, since proxies such as nginx drop names with "_".
+    # The same, in FastAPI's usual spelling, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
@@ -229,12 +229,12 @@ async def read_prediction(
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
-    """Return a lease that nobody has taken yet. It is redis-py's lock, and expires by itself.
+    """Return a lease that nobody has taken yet: redis-py's lock, which expires by itself.
 
     acquire() sets its key to a unique name if the key does not exist, and returns at once whether
-    it did, so only one of many workers gets the lease. owned() asks whether the key still has that
-    name, and release() deletes it only then. The lease lasts a second longer than an attempt may
-    take, which is usually enough to store the output. After that, it means nothing.
+    it did, so only one of many workers gets the lease. It lasts a second longer than an attempt may
+    take, usually long enough to store the output, and is left to expire. owned() asks whether the
+    key still has that name. release() is for attempts that are cancelled.
     """
     seconds = settings.PREDICTION_TIMEOUT + 1
     return redis.lock(f"{key}:lease", timeout=seconds, blocking=False)
@@ -257,7 +257,7 @@ async def make_attempt(redis: Redis, key: str, text: str, lease: Lock) -> Output
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
-    attempt follows if one is left. run_model needs the lease only to release it if it is cut short.
+    attempt follows if one is left. run_model only needs the lease to release it if cancelled.
     """
     return await store_output(redis, key, text, await run_model(key, text, lease))
 
@@ -282,7 +282,7 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     if output_json or not record_json:
         return  # the prediction is finished by now, or expired
     if not await lease.owned():
-        return  # this worker was frozen until the lease had expired, and another may have taken it
+        return  # this worker was frozen until the lease had expired, so another may be at work
     record = json.loads(record_json)
     text, attempt = record["input"], record["attempt"] + 1
     if attempt <= settings.PREDICTION_ATTEMPTS:
@@ -332,10 +332,11 @@ async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # after a freeze of this process, the result may be overdue as well
+        if not task.done():  # after a freeze of this process, the result may come just after
             await asyncio.wait({task}, timeout=0.1)
     except asyncio.CancelledError:
-        with suppress(RedisError):  # if it is another's by now, or in fakeredis, which cannot do it
+        # RedisError: the lease is another's by now; or it is in fakeredis, which cannot release it.
+        with suppress(RedisError):
             await lease.release()
         raise
     finally:
@@ -343,7 +344,8 @@ async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # It is not done yet; or the model has cancelled its own task, and then returned.
+        # InvalidStateError: the task is not done. CancelledError: the model has cancelled the task
+        # that it runs in, and then returned, so that call_model had nothing to catch.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -388,11 +390,11 @@ class BatchingRedis(Redis):
             # The version of Redis's protocol. With 3, redis-py 8 does not notice when Redis has
             # been restarted, and one request gets 503 (seen in a trial).
             protocol=2,
-            # Seconds. A command waits for at most two batches, the one under way and its own. So
-            # clients get their 503 within 2 s if Redis cannot be reached, and within 5 s if it is
-            # frozen, that is, lets us connect but does not reply.
+            # Seconds. A command waits for two batches at most, the one under way and its own. So
+            # clients get their 503 within 2 s if Redis cannot be reached (twice the first), and
+            # within 5 s if it is frozen, that is, lets us connect but does not reply (twice both).
             socket_connect_timeout=0.7,
-            socket_timeout=1.5,  # for each reply
+            socket_timeout=1.5,
             retry=None,  # never; redis-py 8 would retry ten times
         )
         super().__init__(**options)

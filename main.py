@@ -440,6 +440,12 @@ class BatchingRedis(Redis):
             with suppress(BaseException):
                 await self.connection_pool.disconnect()
 
+    async def aclose(self, *args: Any) -> None:
+        """Close the connection once nothing is under way any more."""
+        while self.sending:
+            await asyncio.wait({self.sending})
+        await super().aclose(*args)
+
 
 async def connect() -> Redis:
     """Return a client of Redis, or fakeredis if REDIS_HOST is not set and nothing answers."""

@@ -95,6 +95,7 @@ def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis
     hasty = start_worker(GRACE, **redis_server.settings, PREDICTION_LATENCY=LONG)
     paths = [accept(hasty.url, text) for text in "abcde"]
     redis_server.set(key_of(paths[0], ":lease"), "another worker")
+    redis_server.client_pause(1400)  # until after they are cut short
     assert hasty.stop().count("Exception in ASGI application") >= 5  # they end as cancelled
     leases = [redis_server.get(key_of(path, ":lease")) for path in paths]
     assert leases == ["another worker", None, None, None, None]

@@ -421,12 +421,12 @@ class BatchingRedis(Redis):
 
     async def send_batch(self) -> None:
         batch, self.waiting = self.waiting, []
-        # redis-py's Pipeline sends many commands at once, and then reads all replies. It does not
-        # use execute_command above.
-        pipeline = self.pipeline(transaction=False)
-        for args, options, _ in batch:
-            pipeline.pipeline_execute_command(*args, **options)  # only adds it
         try:
+            # redis-py's Pipeline sends many commands at once, and then reads all replies. It does
+            # not use execute_command above.
+            pipeline = self.pipeline(transaction=False)
+            for args, options, _ in batch:
+                pipeline.pipeline_execute_command(*args, **options)  # only adds it
             replies = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]

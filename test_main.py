@@ -492,11 +492,17 @@ def test_redis_that_does_not_accept_connections_is_503_within_2_s(api_on):
 
 
 def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatch, caplog):
+    async def take_and_release():
+        lease = main.new_lease(main.app.state.redis, "prediction:new")
+        assert await lease.acquire()
+        await lease.release()
+
     tls_port = free_port()
     tls = f"--tls-port {tls_port} --tls-auth-clients no --tls-cert-file".split()
     redis_server.kill()
     redis_server.start(*tls, certificate, "--tls-key-file", certificate)
-    redis_server.execute_command("ACL SETUSER", "api", "on", ">swordfish", "~*", "+@all")
+    rules = "~prediction:* +ping +get +mget +set +del +evalsha +script|load"  # as in README.md
+    redis_server.execute_command("ACL SETUSER", "api", "on", ">swordfish", *rules.split())
     right = {"REDIS_HOST": "localhost", "REDIS_PORT": tls_port, "REDIS_TLS": True}
     right.update(REDIS_USERNAME="api", REDIS_PASSWORD="swordfish")
     assert_503_within(2, predict, api_on(**right))  # nobody trusts that certificate yet
@@ -505,7 +511,10 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
     wrong = {"REDIS_HOST": "127.0.0.1", "REDIS_PASSWORD": "sardine", "REDIS_USERNAME": ""}
     for name, value in wrong.items():
         assert_503_within(2, predict, api_on(**dict(right, **{name: value})))
-    assert predict(api_on(**right, PREDICTION_LATENCY=0)).status_code == 200
+    logged, api = len(caplog.messages), api_on(**right, PREDICTION_LATENCY=0)
+    assert poll(api, accept(api))["status"] == "completed"
+    assert len(caplog.messages) == logged
+    on_server(take_and_release())
     assert "swordfish" not in caplog.text
 
 

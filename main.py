@@ -108,8 +108,6 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
-    # If uvicorn's --timeout-graceful-shutdown has cancelled some, let run_model release the leases.
-    await asyncio.sleep(0.2)
     await app.state.redis.aclose()
 
 
@@ -257,9 +255,10 @@ async def make_attempt(redis: Redis, key: str, text: str, lease: Lock) -> Output
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
-    attempt follows if one is left. run_model only needs the lease to release it if cancelled.
+    attempt follows if one is left.
     """
-    return await store_output(redis, key, text, await run_model(key, text, lease))
+    async with released_if_cancelled(lease):
+        return await store_output(redis, key, text, await run_model(key, text))
 
 
 async def store_output(redis: Redis, key: str, text: str, result: Optional[str]) -> Output:
@@ -278,21 +277,22 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
     lease = new_lease(redis, key)
     if not await lease.acquire():
         return  # another attempt has it
-    record_json, output_json = await redis.mget(key, f"{key}:output")
-    if output_json or not record_json:
-        return  # the prediction is finished by now, or expired
-    if not await lease.owned():
-        return  # this worker was frozen until the lease had expired, so another may be at work
-    record = json.loads(record_json)
-    text, attempt = record["input"], record["attempt"] + 1
-    if attempt <= settings.PREDICTION_ATTEMPTS:
-        # Stored before the run, so that it counts if the model kills this worker:
-        await store_record(redis, key, text, attempt)
-        result = await run_model(key, text, lease)
-    else:
-        logger.error("%s has used up its attempts", key)
-        result = None
-    await store_output(redis, key, text, result)
+    async with released_if_cancelled(lease):
+        record_json, output_json = await redis.mget(key, f"{key}:output")
+        if output_json or not record_json:
+            return  # the prediction is finished by now, or expired
+        if not await lease.owned():
+            return  # this worker was frozen until the lease had expired; another may be at work
+        record = json.loads(record_json)
+        text, attempt = record["input"], record["attempt"] + 1
+        if attempt <= settings.PREDICTION_ATTEMPTS:
+            # Stored before the run, so that it counts if the model kills this worker:
+            await store_record(redis, key, text, attempt)
+            result = await run_model(key, text)
+        else:
+            logger.error("%s has used up its attempts", key)
+            result = None
+        await store_output(redis, key, text, result)
 
 
 async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -322,23 +322,30 @@ async def mock_model(text: str) -> str:
 # --- The machine room: handling faults. You may stop reading here. ----------------------------
 
 
-async def run_model(key: str, text: str, lease: Lock) -> Optional[str]:
-    """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT.
+@asynccontextmanager
+async def released_if_cancelled(lease: Lock) -> AsyncIterator[None]:
+    """Release the lease if the attempt is cancelled, so that the next GET starts another.
 
-    If uvicorn is told to stop and its --timeout-graceful-shutdown runs out, it cancels this (and
-    clients that wait get 500). Then release the lease, so that the next GET starts another attempt.
+    uvicorn cancels attempts if it was told to stop, and then its --timeout-graceful-shutdown runs
+    out (clients that wait get 500).
     """
+    try:
+        yield  # run what is in the with statement
+    except asyncio.CancelledError:
+        # RedisError: the lease is another's by now; or it is in fakeredis, which cannot release it.
+        with suppress(RedisError):
+            await lease.release()
+        raise
+
+
+async def run_model(key: str, text: str) -> Optional[str]:
+    """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():  # after a freeze of this process, the result may come just after
             await asyncio.wait({task}, timeout=0.1)
-    except asyncio.CancelledError:
-        # RedisError: the lease is another's by now; or it is in fakeredis, which cannot release it.
-        with suppress(RedisError):
-            await lease.release()
-        raise
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
@@ -441,7 +448,7 @@ class BatchingRedis(Redis):
                 await self.connection_pool.disconnect()
 
     async def aclose(self, *args: Any) -> None:
-        """Close the connection once nothing is under way any more."""
+        """Close the connection once nothing is under way, such as the release of leases."""
         while self.sending:
             await asyncio.wait({self.sending})
         await super().aclose(*args)

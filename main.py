@@ -351,8 +351,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: the task is not done. CancelledError: the model has cancelled the task
-        # that it runs in, and then returned, so that call_model had nothing to catch.
+        # InvalidStateError: time has run out, and the task is not done. CancelledError: the model
+        # has cancelled the task that it runs in, and returned, so call_model had nothing to catch.
         logger.exception("%s: no result from the model", key)
         return None
 
@@ -423,6 +423,7 @@ class BatchingRedis(Redis):
         """Called by the first command, and whenever a batch is done, however it ended."""
         self.sending = None
         if self.waiting:
+            # The task begins at a later turn of the event loop. Until then, commands join it.
             self.sending = asyncio.create_task(self.send_batch())
             self.sending.add_done_callback(self.start_next_batch)
 

@@ -229,17 +229,20 @@ async def read_prediction(
 def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock, which expires by itself.
 
-    acquire() sets its key to a unique name if the key does not exist, and returns at once whether
-    it did, so only one of many workers gets the lease. It lasts a second longer than an attempt may
-    take, usually long enough to store the output, and is left to expire. owned() asks whether the
-    key still has that name. release() is for attempts that are cancelled.
+    acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
+    only one of many workers gets the lease. It lasts a second longer than an attempt may take,
+    usually long enough to store the output, and is left to expire. owned() asks whether the key
+    still has that name. release() is for attempts that are cancelled.
     """
     seconds = settings.PREDICTION_TIMEOUT + 1
     return redis.lock(f"{key}:lease", timeout=seconds, blocking=False)
 
 
 async def accept(redis: Redis, key: str, text: str) -> Lock:
-    """Store a new prediction's record and take its lease, in one round trip (see BatchingRedis)."""
+    """Store a new prediction's record and take its lease, in one round trip (see BatchingRedis).
+
+    The key is new, so the lease is free. If only one is stored, it expires; nobody knows its id.
+    """
     lease = new_lease(redis, key)
     await asyncio.gather(lease.acquire(), store_record(redis, key, text, attempt=1))
     return lease
@@ -281,8 +284,10 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         record_json, output_json = await redis.mget(key, f"{key}:output")
         if output_json or not record_json:
             return  # the prediction is finished by now, or expired
+        # This worker may have been frozen until its lease had expired, and another be at work. (A
+        # later freeze can cost more runs than are counted, but the first output is kept.)
         if not await lease.owned():
-            return  # this worker was frozen until the lease had expired; another may be at work
+            return
         record = json.loads(record_json)
         text, attempt = record["input"], record["attempt"] + 1
         if attempt <= settings.PREDICTION_ATTEMPTS:
@@ -306,7 +311,7 @@ async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> N
 # --- The mock model: put your own here --------------------------------------------------------
 # A model that blocks has to run in a thread, or all requests wait for it. Load the model here, and
 # create threads for it. Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no
-# time-out stops a thread.
+# time-out stops a thread: it stays occupied.
 #
 #     from concurrent.futures import ThreadPoolExecutor
 #     threads = ThreadPoolExecutor(4)
@@ -332,7 +337,8 @@ async def released_if_cancelled(lease: Lock) -> AsyncIterator[None]:
     try:
         yield  # run what is in the with statement
     except asyncio.CancelledError:
-        # RedisError: the lease is another's by now; or it is in fakeredis, which cannot release it.
+        # RedisError: the lease has expired, or Redis is away, or it is fakeredis, which cannot run
+        # the script that release() needs.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -351,9 +357,9 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: time has run out, and the task is not done. CancelledError: the model
-        # has cancelled the task that it runs in, and returned, so call_model had nothing to catch.
-        logger.exception("%s: no result from the model", key)
+        # InvalidStateError is the usual one: it is not done. CancelledError: it has cancelled its
+        # own task and then returned, so call_model had nothing to catch.
+        logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
 
@@ -393,23 +399,12 @@ class BatchingRedis(Redis):
     """
 
     def __init__(self, **options: Any) -> None:
-        options.update(
-            # The version of Redis's protocol. With 3, redis-py 8 does not notice when Redis has
-            # been restarted, and one request gets 503 (seen in a trial).
-            protocol=2,
-            # Seconds. A command waits for two batches at most, the one under way and its own. So
-            # clients get their 503 within 2 s if Redis cannot be reached (twice the first), and
-            # within 5 s if it is frozen, that is, lets us connect but does not reply (twice both).
-            socket_connect_timeout=0.7,
-            socket_timeout=1.5,
-            retry=None,  # never; redis-py 8 would retry ten times
-        )
         super().__init__(**options)
         self.waiting: List[Any] = []  # the next batch: commands, each with a future for its reply
         self.sending: Any = None  # the task that sends the batch under way, if any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Execute a command. redis-py's methods, such as set(), all call this."""
+        """Execute a command. redis-py's commands, such as set(), all call this."""
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((args, options, future))
         if not self.sending:
@@ -442,10 +437,10 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # In a failover, a copy of Redis on another machine takes over (without what it has not
-            # copied yet), and the old one refuses writes. So after any error, the next batch opens
-            # a connection to what REDIS_HOST names by then. What has failed is not sent again.
-            with suppress(BaseException):
+            # After any error, the next batch opens a new connection: in a failover, a copy of Redis
+            # on another machine takes over (without what it has not copied yet), REDIS_HOST leads
+            # there, and the old one refuses writes. What has failed is not sent again.
+            with suppress(Exception):
                 await self.connection_pool.disconnect()
 
     async def aclose(self, *args: Any) -> None:
@@ -475,6 +470,15 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
+        # The version of Redis's protocol. With 3, redis-py 8 does not check whether its connection
+        # still stands, so after a restart of Redis, one request gets 503.
+        protocol=2,
+        # Seconds. A command waits for two batches at most, the one under way and its own. So
+        # clients get their 503 within 2 s if Redis cannot be reached (2 * 0.7 s), and within 5 s
+        # if it is frozen, that is, may let us connect but does not reply (2 * 2.2 s).
+        socket_connect_timeout=0.7,
+        socket_timeout=1.5,
+        retry=None,  # never; redis-py 8 would retry ten times
     )
     try:
         await redis.ping()

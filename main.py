@@ -118,8 +118,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. For a larger body, FastAPI sends 413. (Before version 0.164, it ignores this. That is
-# what you have on a Python older than 3.11.)
+# In bytes. FastAPI from 0.164 on, which needs Python 3.11, sends 413 for a larger body. An older one
+# has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -239,9 +239,10 @@ def new_lease(redis: Redis, key: str) -> Lock:
 
 
 async def accept(redis: Redis, key: str, text: str) -> Lock:
-    """Store a new prediction's record and take its lease, in one round trip (see BatchingRedis).
+    """Store a new prediction's record and take its lease, in one round trip.
 
-    The key is new, so the lease is free. If only one is stored, it expires; nobody knows its id.
+    BatchingRedis sends commands together that are issued at the same time. The key is new, so the
+    lease is free. If only one of the two is stored, it expires, and nobody knows its id.
     """
     lease = new_lease(redis, key)
     await asyncio.gather(lease.acquire(), store_record(redis, key, text, attempt=1))
@@ -350,15 +351,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # after a freeze of this process, the result may come just after
+        if not task.done():  # after a freeze of this process, the result may be due as well
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError is the usual one: it is not done. CancelledError: it has cancelled its
-        # own task and then returned, so call_model had nothing to catch.
+        # InvalidStateError is the usual one: it is not done. CancelledError: the model has cancelled
+        # its own task and then returned. (call_model catches everything else.)
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -437,9 +438,10 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # After any error, the next batch opens a new connection: in a failover, a copy of Redis
-            # on another machine takes over (without what it has not copied yet), REDIS_HOST leads
-            # there, and the old one refuses writes. What has failed is not sent again.
+            # After any error, the next batch opens a new connection. In a failover, a copy of Redis
+            # on another machine takes over (without what it has not copied yet), and the old one
+            # refuses writes; REDIS_HOST has to be a name that leads to the new one by then. What
+            # has failed is not sent again.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -470,8 +472,8 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With 3, redis-py 8 does not check whether its connection
-        # still stands, so after a restart of Redis, one request gets 503.
+        # The version of Redis's protocol. With 2, redis-py 8 notices a dead connection before use;
+        # with 3, one request would get 503 after a restart of Redis.
         protocol=2,
         # Seconds. A command waits for two batches at most, the one under way and its own. So
         # clients get their 503 within 2 s if Redis cannot be reached (2 * 0.7 s), and within 5 s

@@ -118,8 +118,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on, which needs Python 3.11, sends 413 for a larger body. An older one
-# has no limit.
+# In bytes. FastAPI from 0.164 on, which needs Python 3.11, sends 413 for a larger body. An older
+# FastAPI has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -358,8 +358,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError is the usual one: it is not done. CancelledError: the model has cancelled
-        # its own task and then returned. (call_model catches everything else.)
+        # InvalidStateError is the usual one: it is not done. CancelledError: the model has
+        # cancelled its own task and then returned. (call_model catches everything else.)
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 

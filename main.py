@@ -15,7 +15,8 @@ imitates it in this process. A prediction has up to three keys:
 A worker (a process running this file; any number can share one Redis) accepts a prediction by
 storing its record and a lease. A lease says that an attempt is under way, and expires soon after
 the time limit of an attempt. Then the worker runs the model and stores the output, which is final.
-A model that raises or takes too long is not tried again: its output is "failed".
+(The record still says "processing".) A model that raises or takes too long is not tried again: its
+output is "failed".
 
 If the worker is killed, or cannot store the output, the lease expires and there is no output. The
 next GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
@@ -107,7 +108,7 @@ class Message(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # serve until Ctrl+C or SIGTERM, then until requests and background tasks are finished
+    yield  # serve until Ctrl+C or SIGTERM, and finish requests and background tasks
     await app.state.redis.aclose()
 
 
@@ -118,7 +119,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on, which needs Python 3.11, sends 413 for a larger body. An older
+# In bytes. FastAPI from 0.164 on (for Python from 3.11 on) sends 413 for a larger body. An older
 # FastAPI has no limit.
 app.router.max_body_size = 1_000_000
 
@@ -230,12 +231,11 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock, which expires by itself.
 
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
-    only one of many workers gets the lease. It lasts a second longer than an attempt may take,
-    usually long enough to store the output, and is left to expire. owned() asks whether the key
-    still has that name. release() is for attempts that are cancelled.
+    only one of many workers gets the lease. owned() asks whether the key still has that name.
+    release() deletes it, for an attempt that is cancelled. After any other, the lease expires: a
+    second later than the attempt has to end, which is usually long enough to store the output.
     """
-    seconds = settings.PREDICTION_TIMEOUT + 1
-    return redis.lock(f"{key}:lease", timeout=seconds, blocking=False)
+    return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
 
 async def accept(redis: Redis, key: str, text: str) -> Lock:
@@ -285,8 +285,8 @@ async def make_next_attempt(redis: Redis, key: str) -> None:
         record_json, output_json = await redis.mget(key, f"{key}:output")
         if output_json or not record_json:
             return  # the prediction is finished by now, or expired
-        # This worker may have been frozen until its lease had expired, and another be at work. (A
-        # later freeze can cost more runs than are counted, but the first output is kept.)
+        # If this worker was frozen since acquire(), until the lease had expired, another may be at
+        # work. (A freeze between owned() and store_record() can still cost an uncounted run.)
         if not await lease.owned():
             return
         record = json.loads(record_json)
@@ -338,8 +338,8 @@ async def released_if_cancelled(lease: Lock) -> AsyncIterator[None]:
     try:
         yield  # run what is in the with statement
     except asyncio.CancelledError:
-        # RedisError: the lease has expired, or Redis is away, or it is fakeredis, which cannot run
-        # the script that release() needs.
+        # Not released is not lost: the lease expires. (Redis may be away; fakeredis, which
+        # cannot run scripts, fails here always, and forgets all at exit anyway.)
         with suppress(RedisError):
             await lease.release()
         raise
@@ -358,8 +358,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError is the usual one: it is not done. CancelledError: the model has
-        # cancelled its own task and then returned. (call_model catches everything else.)
+        # InvalidStateError: it is not done. CancelledError: the model has called cancel() on its
+        # own task, which ends as cancelled although call_model returned.
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -391,10 +391,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While a batch is under way, commands collect for the next. redis-py's plain Redis, with its pool
-    of connections, would also do, but took 1.5 times the processor time under load. And with 8, 32
-    or 100 connections, some of 2,000 simultaneous requests failed, or waited longer than 5 s for
-    their 503 when Redis was frozen. Not for commands that block, such as BLPOP.
+    One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
+    which has a pool of connections, can take its place, but needed 1.5 times the processor time;
+    and with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited longer
+    than 5 s for their 503 when Redis was frozen. Not for commands that block, such as BLPOP.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -415,19 +415,18 @@ class BatchingRedis(Redis):
             raise reply
         return reply
 
-    def start_next_batch(self, previous: Any = None) -> None:
+    def start_next_batch(self) -> None:
         """Called by the first command, and whenever a batch is done, however it ended."""
         self.sending = None
         if self.waiting:
-            # The task begins at a later turn of the event loop. Until then, commands join it.
+            # The task begins at a later turn of the event loop; commands until then join its batch.
             self.sending = asyncio.create_task(self.send_batch())
-            self.sending.add_done_callback(self.start_next_batch)
+            self.sending.add_done_callback(lambda _: self.start_next_batch())
 
     async def send_batch(self) -> None:
         batch, self.waiting = self.waiting, []
         try:
-            # redis-py's Pipeline sends many commands at once, and then reads all replies. It does
-            # not use execute_command above.
+            # redis-py's Pipeline sends many commands at once, and then reads all replies.
             pipeline = self.pipeline(transaction=False)
             for args, options, _ in batch:
                 pipeline.pipeline_execute_command(*args, **options)  # only adds it
@@ -438,10 +437,10 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # After any error, the next batch opens a new connection. In a failover, a copy of Redis
-            # on another machine takes over (without what it has not copied yet), and the old one
-            # refuses writes; REDIS_HOST has to be a name that leads to the new one by then. What
-            # has failed is not sent again.
+            # After any error, the next batch opens a new connection. (In a failover, a copy of
+            # Redis on another machine takes over, without what it has not copied yet. The old one
+            # still answers, but refuses writes. REDIS_HOST has to be a name that leads to the new
+            # one by then.) What has failed is not sent again.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -477,7 +476,7 @@ async def connect() -> Redis:
         protocol=2,
         # Seconds. A command waits for two batches at most, the one under way and its own. So
         # clients get their 503 within 2 s if Redis cannot be reached (2 * 0.7 s), and within 5 s
-        # if it is frozen, that is, may let us connect but does not reply (2 * 2.2 s).
+        # if it is frozen, that is, may let us connect but does not reply (2 * (0.7 + 1.5) s).
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

@@ -13,15 +13,14 @@ imitates it in this process. A prediction has up to three keys:
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker (a process running this file; any number can share one Redis) accepts a prediction by
-storing its record and a lease. A lease says that an attempt is under way, and expires soon after
-the time limit of an attempt. Then the worker runs the model and stores the output, which is final.
-(The record still says "processing".) A model that raises or takes too long is not tried again: its
-output is "failed".
+storing its record and a lease, which says that an attempt is under way, and expires soon after the
+time limit of an attempt. Then the worker runs the model and stores the output, which is final (the
+record stays as it is). If the model raises or takes too long, the output is "failed".
 
-If the worker is killed, or cannot store the output, the lease expires and there is no output. The
-next GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
-after PREDICTION_ATTEMPTS attempts, it stores "failed". (A client that waits learns the id only when
-its prediction is completed. If anything goes wrong, it must send its input again.)
+If the worker is killed, or cannot store the output, the lease expires. The next GET after that, at
+any worker, starts another attempt, so the model may run more than once; after PREDICTION_ATTEMPTS
+attempts, it stores "failed". (A client that waits learns the id only when its prediction is
+completed. If anything goes wrong, it must send its input again.)
 """
 
 import asyncio
@@ -31,7 +30,7 @@ import pathlib
 import socket
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional, Union
+from typing import Any, AsyncIterator, Dict, List, Optional, Union
 from uuid import UUID, uuid4
 
 from fakeredis import FakeAsyncRedis
@@ -119,8 +118,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on (for Python from 3.11 on) sends 413 for a larger body. An older
-# FastAPI has no limit.
+# In bytes. FastAPI from 0.164 on (which needs Python 3.11) sends 413 for a larger body.
 app.router.max_body_size = 1_000_000
 
 
@@ -192,11 +190,10 @@ async def create_prediction(
     # If it raises RedisError, answer_unavailable sends 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        # in_background calls make_attempt with what follows, and logs a RedisError.
-        tasks.add_task(in_background, make_attempt, redis, key, body.input, lease)
+        tasks.add_task(in_background, redis, key, body.input, lease)  # it calls make_attempt
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, body.input, lease)  # goes on if the client hangs up
+    output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -217,14 +214,14 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:
-        tasks.add_task(in_background, make_next_attempt, redis, key)
+        # The worker was killed, say. Without a text, in_background calls make_next_attempt.
+        tasks.add_task(in_background, redis, key, None, new_lease(redis, key))
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
 
 # --- Attempts ---------------------------------------------------------------------------------
 # In redis.set(), ex is the key's life in seconds. With nx=True, it only sets a key that does not
-# exist, and returns None otherwise. Values that Redis returns are bytes.
-# See https://redis.io/docs/latest/commands/set/
+# exist, and returns None otherwise. See https://redis.io/docs/latest/commands/set/
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
@@ -255,14 +252,13 @@ async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
     await redis.set(key, record_json, ex=settings.PREDICTION_TTL)
 
 
-async def make_attempt(redis: Redis, key: str, text: str, lease: Lock) -> Output:
+async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
     Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
     attempt follows if one is left.
     """
-    async with released_if_cancelled(lease):
-        return await store_output(redis, key, text, await run_model(key, text))
+    return await store_output(redis, key, text, await run_model(key, text))
 
 
 async def store_output(redis: Redis, key: str, text: str, result: Optional[str]) -> Output:
@@ -274,39 +270,6 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
         return output
     first = await redis.get(f"{key}:output")
     return Output.model_validate_json(first or output_json)  # the first may have expired
-
-
-async def make_next_attempt(redis: Redis, key: str) -> None:
-    """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
-    lease = new_lease(redis, key)
-    if not await lease.acquire():
-        return  # another attempt has it
-    async with released_if_cancelled(lease):
-        record_json, output_json = await redis.mget(key, f"{key}:output")
-        if output_json or not record_json:
-            return  # the prediction is finished by now, or expired
-        # If this worker was frozen since acquire(), until the lease had expired, another may be at
-        # work. (A freeze between owned() and store_record() can still cost an uncounted run.)
-        if not await lease.owned():
-            return
-        record = json.loads(record_json)
-        text, attempt = record["input"], record["attempt"] + 1
-        if attempt <= settings.PREDICTION_ATTEMPTS:
-            # Stored before the run, so that it counts if the model kills this worker:
-            await store_record(redis, key, text, attempt)
-            result = await run_model(key, text)
-        else:
-            logger.error("%s has used up its attempts", key)
-            result = None
-        await store_output(redis, key, text, result)
-
-
-async def in_background(attempt: Callable[..., Awaitable[Any]], *args: Any) -> None:
-    """Make an attempt after the answer was sent, when an error can only be logged."""
-    try:
-        await attempt(*args)
-    except RedisError as error:
-        logger.error("Redis is unavailable, and an attempt is lost: %s", error)
 
 
 # --- The mock model: put your own here --------------------------------------------------------
@@ -325,24 +288,47 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- The machine room: handling faults. You may stop reading here. ----------------------------
+# --- The machine room: when something fails. You may stop reading here. ------------------------
 
 
-@asynccontextmanager
-async def released_if_cancelled(lease: Lock) -> AsyncIterator[None]:
-    """Release the lease if the attempt is cancelled, so that the next GET starts another.
-
-    uvicorn cancels attempts if it was told to stop, and then its --timeout-graceful-shutdown runs
-    out (clients that wait get 500).
-    """
+async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock) -> None:
+    """Make an attempt after the answer was sent: the first one, or the next one if text is None."""
     try:
-        yield  # run what is in the with statement
+        if text is None:
+            await make_next_attempt(redis, key, lease)
+        else:
+            await make_attempt(redis, key, text)
+    except RedisError as error:
+        logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # Not released is not lost: the lease expires. (Redis may be away; fakeredis, which
-        # cannot run scripts, fails here always, and forgets all at exit anyway.)
-        with suppress(RedisError):
+        # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. Without
+        # the lease, the next GET starts another attempt at once. (A client that waits gets 500.)
+        with suppress(RedisError):  # else it expires; fakeredis cannot run release()'s script
             await lease.release()
         raise
+
+
+async def make_next_attempt(redis: Redis, key: str, lease: Lock) -> None:
+    """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
+    if not await lease.acquire():
+        return  # another attempt has it
+    record_json, output_json = await redis.mget(key, f"{key}:output")
+    if output_json or not record_json:
+        return  # the prediction is finished by now, or expired
+    # If this worker was frozen since acquire(), until the lease had expired, another may be at
+    # work. (A freeze between owned() and store_record() can still cost an uncounted run.)
+    if not await lease.owned():
+        return
+    record = json.loads(record_json)
+    text, attempt = record["input"], record["attempt"] + 1
+    if attempt <= settings.PREDICTION_ATTEMPTS:
+        # Stored before the run, so that it counts if the model kills this worker:
+        await store_record(redis, key, text, attempt)
+        result = await run_model(key, text)
+    else:
+        logger.error("%s has used up its attempts", key)
+        result = None
+    await store_output(redis, key, text, result)
 
 
 async def run_model(key: str, text: str) -> Optional[str]:
@@ -471,12 +457,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        # The version of Redis's protocol. With 2, redis-py 8 notices a dead connection before use;
-        # with 3, one request would get 503 after a restart of Redis.
-        protocol=2,
-        # Seconds. A command waits for two batches at most, the one under way and its own. So
-        # clients get their 503 within 2 s if Redis cannot be reached (2 * 0.7 s), and within 5 s
-        # if it is frozen, that is, may let us connect but does not reply (2 * (0.7 + 1.5) s).
+        protocol=2,  # with 3, the newer one, a request would get 503 after each restart of Redis
+        # Seconds. A command waits for two batches at most, the one under way and its own, and then
+        # fails: after 2 * 0.7 s if Redis cannot be reached, after 2 * (0.7 + 1.5) s if it is
+        # frozen, that is, may let us connect but does not reply.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

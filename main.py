@@ -13,14 +13,14 @@ imitates it in this process. A prediction has up to three keys:
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
 A worker (a process running this file; any number can share one Redis) accepts a prediction by
-storing its record and a lease, which says that an attempt is under way, and expires soon after the
-time limit of an attempt. Then the worker runs the model and stores the output, which is final (the
-record stays as it is). If the model raises or takes too long, the output is "failed".
+storing its record and a lease. The lease says that an attempt is under way. It expires soon after
+the time limit of an attempt. Then the worker runs the model and stores the output, which is final
+(the record stays as it is). If the model raises or takes too long, the output is "failed".
 
-If the worker is killed, or cannot store the output, the lease expires. The next GET after that, at
-any worker, starts another attempt, so the model may run more than once; after PREDICTION_ATTEMPTS
-attempts, it stores "failed". (A client that waits learns the id only when its prediction is
-completed. If anything goes wrong, it must send its input again.)
+If the worker is killed, or cannot store the output, there is none when the lease expires. The next
+GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
+after PREDICTION_ATTEMPTS attempts, that worker stores "failed". (A client that waits learns the id
+only when its prediction is completed. If anything goes wrong, it must send its input again.)
 """
 
 import asyncio
@@ -118,7 +118,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on (which needs Python 3.11) sends 413 for a larger body.
+# In bytes. FastAPI from 0.164 on (which needs Python 3.11) sends 413 for a larger body. An older
+# one has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -187,7 +188,7 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # If it raises RedisError, answer_unavailable sends 503.
+    # In both modes. If it raises RedisError, answer_unavailable sends 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)  # it calls make_attempt
@@ -214,7 +215,8 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:
-        # The worker was killed, say. Without a text, in_background calls make_next_attempt.
+        # The worker was killed, say. Without a text, in_background calls make_next_attempt, which
+        # tries to take this new lease.
         tasks.add_task(in_background, redis, key, None, new_lease(redis, key))
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
@@ -229,8 +231,8 @@ def new_lease(redis: Redis, key: str) -> Lock:
 
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
     only one of many workers gets the lease. owned() asks whether the key still has that name.
-    release() deletes it, for an attempt that is cancelled. After any other, the lease expires: a
-    second later than the attempt has to end, which is usually long enough to store the output.
+    release() deletes it. Only an attempt that is cancelled does that; others leave it to expire, a
+    second after they have to end, which is usually long enough to store the output.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -292,7 +294,9 @@ async def mock_model(text: str) -> str:
 
 
 async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock) -> None:
-    """Make an attempt after the answer was sent: the first one, or the next one if text is None."""
+    """Make an attempt after the answer was sent: the first one, which has the lease already, or, if
+    text is None, the next one, which has yet to take it.
+    """
     try:
         if text is None:
             await make_next_attempt(redis, key, lease)
@@ -303,7 +307,9 @@ async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock
     except asyncio.CancelledError:
         # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. Without
         # the lease, the next GET starts another attempt at once. (A client that waits gets 500.)
-        with suppress(RedisError):  # else it expires; fakeredis cannot run release()'s script
+        # RedisError: the lease is another's, or nobody's; or Redis is away; or it is fakeredis,
+        # which does not know how to release one.
+        with suppress(RedisError):
             await lease.release()
         raise
 
@@ -315,8 +321,8 @@ async def make_next_attempt(redis: Redis, key: str, lease: Lock) -> None:
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
         return  # the prediction is finished by now, or expired
-    # If this worker was frozen since acquire(), until the lease had expired, another may be at
-    # work. (A freeze between owned() and store_record() can still cost an uncounted run.)
+    # This worker may have been frozen since acquire(), and another may have the lease by now. (If
+    # it freezes below instead, two attempts may get the same number, and the model runs once more.)
     if not await lease.owned():
         return
     record = json.loads(record_json)
@@ -337,15 +343,14 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # after a freeze of this process, the result may be due as well
+        if not task.done():  # if this process was frozen, the result may be on its way
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model has called cancel() on its
-        # own task, which ends as cancelled although call_model returned.
+        # InvalidStateError: it is not done. CancelledError: the model has cancelled its own task.
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -379,8 +384,8 @@ class BatchingRedis(Redis):
 
     One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
     which has a pool of connections, can take its place, but needed 1.5 times the processor time;
-    and with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed, or waited longer
-    than 5 s for their 503 when Redis was frozen. Not for commands that block, such as BLPOP.
+    and with a pool of 8, 32 or 100, some of 2,000 simultaneous requests failed or, when Redis was
+    frozen, waited longer than 5 s. Do not use this for commands that block, such as BLPOP.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -423,10 +428,9 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # After any error, the next batch opens a new connection. (In a failover, a copy of
-            # Redis on another machine takes over, without what it has not copied yet. The old one
-            # still answers, but refuses writes. REDIS_HOST has to be a name that leads to the new
-            # one by then.) What has failed is not sent again.
+            # What has failed is not sent again. But the next batch opens a new connection, to where
+            # REDIS_HOST leads by then. After a failover, that is another Redis, which has copied
+            # nearly all from the old one. (That one may still answer, but refuses writes.)
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -457,10 +461,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with 3, the newer one, a request would get 503 after each restart of Redis
-        # Seconds. A command waits for two batches at most, the one under way and its own, and then
-        # fails: after 2 * 0.7 s if Redis cannot be reached, after 2 * (0.7 + 1.5) s if it is
-        # frozen, that is, may let us connect but does not reply.
+        protocol=2,  # on purpose: with 3, the first request after a restart of Redis would get 503
+        # Seconds. A command waits for two batches at most, the one under way and its own. Each
+        # fails after 0.7 s if Redis cannot be reached, and after 0.7 + 1.5 s if it is frozen, that
+        # is, may let us connect but does not reply.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

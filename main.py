@@ -135,7 +135,7 @@ async def read_favicon() -> Message:
     return Message(message="No favicon")
 
 
-# --- What /docs says about answers other than 200. You may skip this. -------------------------
+# --- What the page /docs says about answers other than 200. You may skip this. ----------------
 
 
 class Detail(BaseModel):
@@ -188,7 +188,8 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # In both modes. If it raises RedisError, answer_unavailable sends 503.
+    # Also for a client that waits, so that it does not wait in vain if Redis is away: RedisError
+    # makes answer_unavailable send 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)  # it calls make_attempt
@@ -290,7 +291,7 @@ async def mock_model(text: str) -> str:
     return f"Mock result {uuid4().hex[:8]}"
 
 
-# --- The machine room: when something fails. You may stop reading here. ------------------------
+# --- The machine room: when something fails. You may stop reading here. -----------------------
 
 
 async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock) -> None:
@@ -307,9 +308,7 @@ async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock
     except asyncio.CancelledError:
         # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. Without
         # the lease, the next GET starts another attempt at once. (A client that waits gets 500.)
-        # RedisError: the lease is another's, or nobody's; or Redis is away; or it is fakeredis,
-        # which does not know how to release one.
-        with suppress(RedisError):
+        with suppress(RedisError):  # not released (fakeredis never can), it expires later
             await lease.release()
         raise
 
@@ -321,8 +320,8 @@ async def make_next_attempt(redis: Redis, key: str, lease: Lock) -> None:
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
         return  # the prediction is finished by now, or expired
-    # This worker may have been frozen since acquire(), and another may have the lease by now. (If
-    # it freezes below instead, two attempts may get the same number, and the model runs once more.)
+    # This worker may have been frozen since acquire(), and another may have the lease by now. (A
+    # freeze after this check is not noticed. At worst, the model runs once more than is counted.)
     if not await lease.owned():
         return
     record = json.loads(record_json)
@@ -350,7 +349,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model has cancelled its own task.
+        # InvalidStateError: it is not done. CancelledError: the model called cancel()
+        # on its own task, and returned before that took effect.
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -383,8 +383,8 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
-    which has a pool of connections, can take its place, but needed 1.5 times the processor time;
-    and with a pool of 8, 32 or 100, some of 2,000 simultaneous requests failed or, when Redis was
+    which has a pool of connections, can take its place. But it needed 1.5 times the processor time.
+    And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed or, when Redis was
     frozen, waited longer than 5 s. Do not use this for commands that block, such as BLPOP.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
@@ -461,10 +461,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # on purpose: with 3, the first request after a restart of Redis would get 503
-        # Seconds. A command waits for two batches at most, the one under way and its own. Each
-        # fails after 0.7 s if Redis cannot be reached, and after 0.7 + 1.5 s if it is frozen, that
-        # is, may let us connect but does not reply.
+        protocol=2,  # with 3, redis-py 8 does not notice before use that Redis was restarted
+        # Seconds. A command waits for two batches at most, the one under way and its own. So it
+        # fails within 2 * 0.7 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) s if it is
+        # frozen, that is, may let us connect but does not reply.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

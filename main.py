@@ -118,8 +118,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on (which needs Python 3.11) sends 413 for a larger body. An older
-# one has no limit.
+# In bytes. FastAPI from 0.164 on, which is what pip installs on Python 3.11 or newer, sends 413 for
+# a larger body. An older one has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -231,9 +231,9 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock, which expires by itself.
 
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
-    only one of many workers gets the lease. owned() asks whether the key still has that name.
-    release() deletes it. Only an attempt that is cancelled does that; others leave it to expire, a
-    second after they have to end, which is usually long enough to store the output.
+    only one of many workers gets the lease. owned() asks whether the key still has that name. The
+    lease expires a second after the attempt has to end, which is usually long enough to store the
+    output. (Then it no longer matters. Only an attempt that is cancelled calls release().)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -306,9 +306,9 @@ async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. Without
-        # the lease, the next GET starts another attempt at once. (A client that waits gets 500.)
-        with suppress(RedisError):  # not released (fakeredis never can), it expires later
+        # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. (It sends
+        # 500 to clients that wait.) Without the lease, the next GET starts another attempt at once.
+        with suppress(RedisError):  # if it fails, as always with fakeredis, the lease expires later
             await lease.release()
         raise
 
@@ -342,15 +342,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # if this process was frozen, the result may be on its way
+        if not task.done():  # after a freeze, time may be up before the result has come through
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model called cancel()
-        # on its own task, and returned before that took effect.
+        # InvalidStateError, as a rule: it is not done. CancelledError: the model called cancel() on
+        # its own task, and returned before that took effect.
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -385,7 +385,7 @@ class BatchingRedis(Redis):
     One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
     which has a pool of connections, can take its place. But it needed 1.5 times the processor time.
     And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed or, when Redis was
-    frozen, waited longer than 5 s. Do not use this for commands that block, such as BLPOP.
+    frozen, waited longer than the 5 s aimed at. Not for commands that block, such as BLPOP.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -430,7 +430,7 @@ class BatchingRedis(Redis):
         if any(isinstance(reply, Exception) for reply in replies):
             # What has failed is not sent again. But the next batch opens a new connection, to where
             # REDIS_HOST leads by then. After a failover, that is another Redis, which has copied
-            # nearly all from the old one. (That one may still answer, but refuses writes.)
+            # nearly all from the old one. (The old one may still answer, but refuses writes.)
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -463,8 +463,8 @@ async def connect() -> Redis:
         ssl_check_hostname=True,
         protocol=2,  # with 3, redis-py 8 does not notice before use that Redis was restarted
         # Seconds. A command waits for two batches at most, the one under way and its own. So it
-        # fails within 2 * 0.7 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) s if it is
-        # frozen, that is, may let us connect but does not reply.
+        # fails within 2 * 0.7 = 1.4 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) = 4.4
+        # s if it is frozen, that is, may let us connect but does not reply.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

@@ -228,7 +228,7 @@ async def read_prediction(
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
-    """Return a lease that nobody has taken yet: redis-py's lock, which expires by itself.
+    """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
     only one of many workers gets the lease. owned() asks whether the key still has that name. The
@@ -295,8 +295,9 @@ async def mock_model(text: str) -> str:
 
 
 async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock) -> None:
-    """Make an attempt after the answer was sent: the first one, which has the lease already, or, if
-    text is None, the next one, which has yet to take it.
+    """Make an attempt after the answer was sent.
+
+    The first one has the lease already. The next one, if text is None, has yet to take it.
     """
     try:
         if text is None:
@@ -321,7 +322,7 @@ async def make_next_attempt(redis: Redis, key: str, lease: Lock) -> None:
     if output_json or not record_json:
         return  # the prediction is finished by now, or expired
     # This worker may have been frozen since acquire(), and another may have the lease by now. (A
-    # freeze after this check is not noticed. At worst, the model runs once more than is counted.)
+    # freeze after this check is not noticed, and can cost more runs than are counted.)
     if not await lease.owned():
         return
     record = json.loads(record_json)

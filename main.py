@@ -188,8 +188,8 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Also for a client that waits, so that it does not wait in vain if Redis is away: RedisError
-    # makes answer_unavailable send 503.
+    # Accept it in both modes, so that nobody waits for the model in vain if Redis is away: a
+    # RedisError makes answer_unavailable send 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)  # it calls make_attempt
@@ -233,7 +233,7 @@ def new_lease(redis: Redis, key: str) -> Lock:
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
     only one of many workers gets the lease. owned() asks whether the key still has that name. The
     lease expires a second after the attempt has to end, which is usually long enough to store the
-    output. (Then it no longer matters. Only an attempt that is cancelled calls release().)
+    output. After that the lease no longer matters, so only a cancelled attempt calls release().
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -309,7 +309,9 @@ async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock
     except asyncio.CancelledError:
         # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. (It sends
         # 500 to clients that wait.) Without the lease, the next GET starts another attempt at once.
-        with suppress(RedisError):  # if it fails, as always with fakeredis, the lease expires later
+        # If the lease has another name by now, or none, release() leaves it alone and raises
+        # RedisError. (So it does with fakeredis, which cannot run scripts, as this needs.)
+        with suppress(RedisError):
             await lease.release()
         raise
 
@@ -343,15 +345,15 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # after a freeze, time may be up before the result has come through
+        if not task.done():  # if this process was frozen, the result may need another moment
             await asyncio.wait({task}, timeout=0.1)
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError, as a rule: it is not done. CancelledError: the model called cancel() on
-        # its own task, and returned before that took effect.
+        # InvalidStateError: it is not done. (call_model turns what the model raises into None. But
+        # if that has called cancel() on its own task, and returned, there is a CancelledError.)
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -386,7 +388,7 @@ class BatchingRedis(Redis):
     One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
     which has a pool of connections, can take its place. But it needed 1.5 times the processor time.
     And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed or, when Redis was
-    frozen, waited longer than the 5 s aimed at. Not for commands that block, such as BLPOP.
+    frozen, waited longer than 5 s for their 503. Not for commands that block, such as BLPOP.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -462,7 +464,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with 3, redis-py 8 does not notice before use that Redis was restarted
+        protocol=2,  # with 3, redis-py 8 takes the end of a connection for a message, and uses it
         # Seconds. A command waits for two batches at most, the one under way and its own. So it
         # fails within 2 * 0.7 = 1.4 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) = 4.4
         # s if it is frozen, that is, may let us connect but does not reply.

@@ -108,7 +108,7 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, and finish requests and background tasks
-    await app.state.redis.aclose()
+    await app.state.redis.aclose()  # also if uvicorn has cancelled what was not finished in time
 
 
 app = FastAPI(
@@ -192,7 +192,8 @@ async def create_prediction(
     # RedisError makes answer_unavailable send 503.
     lease = await accept(redis, key, body.input)
     if async_mode or hyphenated:
-        tasks.add_task(in_background, redis, key, body.input, lease)  # it calls make_attempt
+        # in_background calls make_attempt. If that is cancelled, it releases the lease.
+        tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
     output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
@@ -233,7 +234,7 @@ def new_lease(redis: Redis, key: str) -> Lock:
     acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
     only one of many workers gets the lease. owned() asks whether the key still has that name. The
     lease expires a second after the attempt has to end, which is usually long enough to store the
-    output. After that the lease no longer matters, so only a cancelled attempt calls release().
+    output. Once that is stored, it no longer matters, so only a cancelled attempt calls release().
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -307,10 +308,10 @@ async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and then its --timeout-graceful-shutdown has run out. (It sends
-        # 500 to clients that wait.) Without the lease, the next GET starts another attempt at once.
-        # If the lease has another name by now, or none, release() leaves it alone and raises
-        # RedisError. (So it does with fakeredis, which cannot run scripts, as this needs.)
+        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if it has one, has run out.
+        # It sends 500 to clients that wait. Without the lease, the next GET starts another attempt
+        # at once. If this attempt does not hold the lease, release() only raises RedisError. With
+        # fakeredis it always does, since that cannot run the script which release() sends.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -352,8 +353,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. (call_model turns what the model raises into None. But
-        # if that has called cancel() on its own task, and returned, there is a CancelledError.)
+        # InvalidStateError: it is not done. (call_model turns whatever the model raises into None.
+        # But if a model calls cancel() on its own task and returns, there is a CancelledError.)
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -423,7 +424,7 @@ class BatchingRedis(Redis):
             # redis-py's Pipeline sends many commands at once, and then reads all replies.
             pipeline = self.pipeline(transaction=False)
             for args, options, _ in batch:
-                pipeline.pipeline_execute_command(*args, **options)  # only adds it
+                pipeline.pipeline_execute_command(*args, **options)  # only adds it there
             replies = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
@@ -438,7 +439,7 @@ class BatchingRedis(Redis):
                 await self.connection_pool.disconnect()
 
     async def aclose(self, *args: Any) -> None:
-        """Close the connection once nothing is under way, such as the release of leases."""
+        """Close the connection once nothing is under way, such as the release of a lease."""
         while self.sending:
             await asyncio.wait({self.sending})
         await super().aclose(*args)
@@ -464,7 +465,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with 3, redis-py 8 takes the end of a connection for a message, and uses it
+        protocol=2,  # with 3, redis-py 8 would go on using a connection that Redis has closed
         # Seconds. A command waits for two batches at most, the one under way and its own. So it
         # fails within 2 * 0.7 = 1.4 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) = 4.4
         # s if it is frozen, that is, may let us connect but does not reply.

@@ -12,15 +12,14 @@ imitates it in this process. A prediction has up to three keys:
     prediction:1b9d...:lease    77ab..., a unique name of an attempt
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process running this file; any number can share one Redis) accepts a prediction by
-storing its record and a lease. The lease says that an attempt is under way. It expires soon after
-the time limit of an attempt. Then the worker runs the model and stores the output, which is final
-(the record stays as it is). If the model raises or takes too long, the output is "failed".
+A worker (a process running this file) accepts a prediction by storing its record, and a lease that
+lasts a little longer than an attempt may take. Then it runs the model and stores the output, which
+is final: "failed" if the model raised or took too long.
 
-If the worker is killed, or cannot store the output, there is none when the lease expires. The next
-GET after that, at any worker, starts another attempt, so the model may run more than once. Or,
-after PREDICTION_ATTEMPTS attempts, that worker stores "failed". (A client that waits learns the id
-only when its prediction is completed. If anything goes wrong, it must send its input again.)
+If the worker is killed, or cannot store the output, the lease expires without one. The next GET, at
+any worker, then starts another attempt (so the model may run more than once) or, when all
+PREDICTION_ATTEMPTS are used up, stores "failed". A client that waits learns the id with the result;
+if anything goes wrong before, it has to send its input again.
 """
 
 import asyncio
@@ -118,8 +117,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# In bytes. FastAPI from 0.164 on, which is what pip installs on Python 3.11 or newer, sends 413 for
-# a larger body. An older one has no limit.
+# Bytes; for a larger body, FastAPI sends 413. (Before 0.164, so on Python before 3.11, it has no
+# limit.)
 app.router.max_body_size = 1_000_000
 
 
@@ -174,25 +173,23 @@ READ_ANSWERS: Dict[Any, Any] = {
 
 
 # --- The API: predictions ---------------------------------------------------------------------
-# FastAPI fills in body from JSON, async_mode from a header and tasks with an empty list; if the
-# request is not valid, it calls answer_invalid instead. It sends a Prediction with status 200, and
-# a JSONResponse as it is. Then it runs tasks.
+# FastAPI fills in body from JSON, async_mode from a header, and an empty list of tasks, which it
+# runs after it has sent what is returned: a Prediction with status 200, a JSONResponse as it is.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
     tasks: BackgroundTasks,
     async_mode: bool = Header(False, convert_underscores=False, description="true: do not wait"),
-    # The same, in FastAPI's usual spelling, since proxies such as nginx drop names with "_".
+    # The same again, since proxies such as nginx drop names with "_".
     hyphenated: bool = Header(False, alias="Async-Mode", include_in_schema=False),
 ) -> Union[Prediction, JSONResponse]:
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it in both modes, so that nobody waits for the model in vain if Redis is away: a
-    # RedisError makes answer_unavailable send 503.
-    lease = await accept(redis, key, body.input)
+    # Accept it, in one round trip to Redis. (If Redis is away, answer_unavailable sends 503.)
+    lease = new_lease(redis, key)
+    await asyncio.gather(lease.acquire(), store_record(redis, key, body.input, attempt=1))
     if async_mode or hyphenated:
-        # in_background calls make_attempt. If that is cancelled, it releases the lease.
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
@@ -209,45 +206,34 @@ async def read_prediction(
 ) -> Union[Prediction, JSONResponse]:
     """Read a prediction: 200 if it is completed or failed, 202 if it is not ready yet."""
     redis, key = app.state.redis, f"prediction:{prediction_id}"
-    # The values of three keys, read at once, or None for a key that does not exist:
-    record, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+    # The values of three keys at once, None for one that does not exist:
+    record, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json:
         output = Output.model_validate_json(output_json)
         return Prediction(prediction_id=prediction_id, status=output.status, output=output)
     if not record:
         raise HTTPException(404, "Prediction not found.")
-    if not lease:
-        # The worker was killed, say. Without a text, in_background calls make_next_attempt, which
-        # tries to take this new lease.
-        tasks.add_task(in_background, redis, key, None, new_lease(redis, key))
+    if not holder:  # the worker was killed, say
+        lease = new_lease(redis, key)
+        text = await begin_next_attempt(redis, key, lease)
+        if text is not None:
+            tasks.add_task(in_background, redis, key, text, lease)
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# In redis.set(), ex is the key's life in seconds. With nx=True, it only sets a key that does not
-# exist, and returns None otherwise. See https://redis.io/docs/latest/commands/set/
+# redis.set(..., ex=60) makes the key expire after 60 seconds. With nx=True, it sets only a key that
+# does not exist, and returns None otherwise. See https://redis.io/docs/latest/commands/set/
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
-    acquire() sets its key to a unique name unless the key exists, and returns whether it did, so
-    only one of many workers gets the lease. owned() asks whether the key still has that name. The
-    lease expires a second after the attempt has to end, which is usually long enough to store the
-    output. Once that is stored, it no longer matters, so only a cancelled attempt calls release().
+    acquire() sets the key to a unique name unless the key exists, and returns whether it did.
+    owned() asks whether the key still has that name, and release() deletes it if so. The second
+    more is for storing the output. After that, the lease no longer matters, and just expires.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
-
-
-async def accept(redis: Redis, key: str, text: str) -> Lock:
-    """Store a new prediction's record and take its lease, in one round trip.
-
-    BatchingRedis sends commands together that are issued at the same time. The key is new, so the
-    lease is free. If only one of the two is stored, it expires, and nobody knows its id.
-    """
-    lease = new_lease(redis, key)
-    await asyncio.gather(lease.acquire(), store_record(redis, key, text, attempt=1))
-    return lease
 
 
 async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
@@ -259,8 +245,7 @@ async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
     """Run the model and store its output; return it, or that of an attempt that was faster.
 
-    Raise RedisError if it cannot be stored: a waiting client gets 503; for one that polls, another
-    attempt follows if one is left.
+    Raise RedisError if it cannot be stored.
     """
     return await store_output(redis, key, text, await run_model(key, text))
 
@@ -277,9 +262,8 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 
 # --- The mock model: put your own here --------------------------------------------------------
-# A model that blocks has to run in a thread, or all requests wait for it. Load the model here, and
-# create threads for it. Waiting for a free thread counts towards PREDICTION_TIMEOUT, and no
-# time-out stops a thread: it stays occupied.
+# Load its weights here. If it computes or blocks, it has to run in a thread, or all requests wait
+# for it. (Waiting for a free thread counts towards PREDICTION_TIMEOUT, which does not stop one.)
 #
 #     from concurrent.futures import ThreadPoolExecutor
 #     threads = ThreadPoolExecutor(4)
@@ -295,49 +279,45 @@ async def mock_model(text: str) -> str:
 # --- The machine room: when something fails. You may stop reading here. -----------------------
 
 
-async def in_background(redis: Redis, key: str, text: Optional[str], lease: Lock) -> None:
-    """Make an attempt after the answer was sent.
-
-    The first one has the lease already. The next one, if text is None, has yet to take it.
-    """
+async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
+    """Make an attempt after the answer was sent. Its lease was taken before."""
     try:
-        if text is None:
-            await make_next_attempt(redis, key, lease)
-        else:
-            await make_attempt(redis, key, text)
+        await make_attempt(redis, key, text)
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if it has one, has run out.
-        # It sends 500 to clients that wait. Without the lease, the next GET starts another attempt
-        # at once. If this attempt does not hold the lease, release() only raises RedisError. With
-        # fakeredis it always does, since that cannot run the script which release() sends.
+        # uvicorn was told to stop, and --timeout-graceful-shutdown, if set, has run out. Without a
+        # lease, the next GET starts another attempt at once. (release() raises RedisError if the
+        # lease has expired, and with fakeredis always, which cannot run the script that it sends.)
         with suppress(RedisError):
             await lease.release()
         raise
 
 
-async def make_next_attempt(redis: Redis, key: str, lease: Lock) -> None:
-    """Make another attempt if this worker gets the lease, or store "failed" if none is left."""
+async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[str]:
+    """Take the lease and count another attempt; return its input, or None if there is to be none.
+
+    Raise RedisError if Redis is away.
+    """
     if not await lease.acquire():
-        return  # another attempt has it
+        return None  # another worker was faster
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
-        return  # the prediction is finished by now, or expired
-    # This worker may have been frozen since acquire(), and another may have the lease by now. (A
-    # freeze after this check is not noticed, and can cost more runs than are counted.)
+        return None  # it is finished by now, or expired
+    # If this worker was frozen since acquire(), another may have the lease by now. (A freeze after
+    # this check goes unnoticed, and can cost more runs than are counted.)
     if not await lease.owned():
-        return
+        return None
     record = json.loads(record_json)
-    text, attempt = record["input"], record["attempt"] + 1
-    if attempt <= settings.PREDICTION_ATTEMPTS:
-        # Stored before the run, so that it counts if the model kills this worker:
-        await store_record(redis, key, text, attempt)
-        result = await run_model(key, text)
-    else:
+    text: str = record["input"]
+    attempt = record["attempt"] + 1
+    if attempt > settings.PREDICTION_ATTEMPTS:
         logger.error("%s has used up its attempts", key)
-        result = None
-    await store_output(redis, key, text, result)
+        await store_output(redis, key, text, None)
+        return None
+    # Stored before the run, so that it counts if the model kills this worker:
+    await store_record(redis, key, text, attempt)
+    return text
 
 
 async def run_model(key: str, text: str) -> Optional[str]:
@@ -353,8 +333,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. (call_model turns whatever the model raises into None.
-        # But if a model calls cancel() on its own task and returns, there is a CancelledError.)
+        # InvalidStateError: it is not done. CancelledError: the model called cancel() on this task.
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -386,12 +365,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    One batch is under way at a time, while commands collect for the next. redis-py's plain Redis,
-    which has a pool of connections, can take its place. But it needed 1.5 times the processor time.
-    And with 8, 32 or 100 connections, some of 2,000 simultaneous requests failed or, when Redis was
-    frozen, waited longer than 5 s for their 503. Not for commands that block, such as BLPOP.
-
-    See https://redis.io/docs/latest/develop/using-commands/pipelining/
+    One batch is under way at a time, while commands collect for the next. A plain Redis, which has
+    a pool of connections, can take its place, but needed 1.5 times the processor time; and no pool
+    of 8, 32 or 100 both served 2,000 requests at once and, when Redis was frozen, answered them all
+    within 5 s. See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
@@ -432,9 +409,8 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # What has failed is not sent again. But the next batch opens a new connection, to where
-            # REDIS_HOST leads by then. After a failover, that is another Redis, which has copied
-            # nearly all from the old one. (The old one may still answer, but refuses writes.)
+            # The next batch opens a new connection, to where REDIS_HOST leads by then. After a
+            # failover that is another Redis, while the old one may still answer, but refuse writes.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -466,9 +442,8 @@ async def connect() -> Redis:
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
         protocol=2,  # with 3, redis-py 8 would go on using a connection that Redis has closed
-        # Seconds. A command waits for two batches at most, the one under way and its own. So it
-        # fails within 2 * 0.7 = 1.4 s if Redis cannot be reached, and within 2 * (0.7 + 1.5) = 4.4
-        # s if it is frozen, that is, may let us connect but does not reply.
+        # Seconds. A command waits for two batches at most, the one under way and its own: 1.4 s if
+        # Redis cannot be reached, 2 * (0.7 + 1.5) = 4.4 s if it is frozen.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

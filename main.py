@@ -173,8 +173,8 @@ READ_ANSWERS: Dict[Any, Any] = {
 
 
 # --- The API: predictions ---------------------------------------------------------------------
-# FastAPI fills in body from JSON, async_mode from a header, and an empty list of tasks, which it
-# runs after it has sent what is returned: a Prediction with status 200, a JSONResponse as it is.
+# FastAPI fills in body from JSON, async_mode from a header, and tasks with an empty list. It sends
+# a Prediction that is returned with status 200, and a JSONResponse as it is. Then it runs tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
@@ -186,7 +186,8 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it, in one round trip to Redis. (If Redis is away, answer_unavailable sends 503.)
+    # Accept it. The id is new, so the lease is free. Since BatchingRedis sends both commands at
+    # once, this is one round trip. If Redis is away, it raises RedisError (see answer_unavailable).
     lease = new_lease(redis, key)
     await asyncio.gather(lease.acquire(), store_record(redis, key, body.input, attempt=1))
     if async_mode or hyphenated:
@@ -230,8 +231,8 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
-    owned() asks whether the key still has that name, and release() deletes it if so. The second
-    more is for storing the output. After that, the lease no longer matters, and just expires.
+    owned() asks whether the key still has that name, and release() deletes it if so. The lease
+    expires a second after the attempt has to end, so that the output is usually stored by then.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -263,7 +264,7 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
 
 # --- The mock model: put your own here --------------------------------------------------------
 # Load its weights here. If it computes or blocks, it has to run in a thread, or all requests wait
-# for it. (Waiting for a free thread counts towards PREDICTION_TIMEOUT, which does not stop one.)
+# for it. PREDICTION_TIMEOUT includes the wait for a free thread, and does not stop a busy one.
 #
 #     from concurrent.futures import ThreadPoolExecutor
 #     threads = ThreadPoolExecutor(4)
@@ -286,9 +287,9 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and --timeout-graceful-shutdown, if set, has run out. Without a
-        # lease, the next GET starts another attempt at once. (release() raises RedisError if the
-        # lease has expired, and with fakeredis always, which cannot run the script that it sends.)
+        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
+        # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
+        # once. release() raises RedisError if the lease has expired, or if Redis is fakeredis.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -304,8 +305,8 @@ async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[st
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
         return None  # it is finished by now, or expired
-    # If this worker was frozen since acquire(), another may have the lease by now. (A freeze after
-    # this check goes unnoticed, and can cost more runs than are counted.)
+    # If this worker was frozen since acquire(), the lease may have expired and be another's by now.
+    # (A freeze after this check goes unnoticed, and can cost more runs than are counted.)
     if not await lease.owned():
         return None
     record = json.loads(record_json)
@@ -333,7 +334,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         return task.result()
     except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. CancelledError: the model called cancel() on this task.
+        # InvalidStateError: it is not done. (CancelledError: the model called cancel() on the task,
+        # and then returned without another await.)
         logger.exception("%s: the model took too long, or cancelled itself", key)
         return None
 
@@ -366,9 +368,11 @@ class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
     One batch is under way at a time, while commands collect for the next. A plain Redis, which has
-    a pool of connections, can take its place, but needed 1.5 times the processor time; and no pool
-    of 8, 32 or 100 both served 2,000 requests at once and, when Redis was frozen, answered them all
-    within 5 s. See https://redis.io/docs/latest/develop/using-commands/pipelining/
+    a pool of connections, can take its place. But it needed 1.5 times the processor time. And with
+    8, 32 or 100 connections, some of 2,000 requests at once failed, or waited more than 5 s for
+    their 503 when Redis was frozen.
+
+    See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
 
     def __init__(self, **options: Any) -> None:
@@ -442,8 +446,9 @@ async def connect() -> Redis:
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
         protocol=2,  # with 3, redis-py 8 would go on using a connection that Redis has closed
-        # Seconds. A command waits for two batches at most, the one under way and its own: 1.4 s if
-        # Redis cannot be reached, 2 * (0.7 + 1.5) = 4.4 s if it is frozen.
+        # Seconds. A command waits for two batches at most, the one under way and its own. So it
+        # fails within 2 * 0.7 = 1.4 s if we cannot connect, and within 2 * (0.7 + 1.5) = 4.4 s if
+        # Redis is frozen (then we may connect, but there is no reply).
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # never; redis-py 8 would retry ten times

@@ -329,20 +329,18 @@ async def run_model(key: str, text: str) -> Optional[str]:
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():  # if this process was frozen, the result may need another moment
             await asyncio.wait({task}, timeout=0.1)
+        return task.result()
+    except asyncio.InvalidStateError:  # it is still not done
+        logger.exception("%s: the model took too long", key)
+        return None
     finally:
         task.cancel()  # asks it to stop at its next turn, unless it is done
-    try:
-        return task.result()
-    except (asyncio.InvalidStateError, asyncio.CancelledError):
-        # InvalidStateError: it is not done. (CancelledError: the model called cancel() on the task,
-        # and then returned without another await.)
-        logger.exception("%s: the model took too long, or cancelled itself", key)
-        return None
 
 
 async def call_model(key: str, text: str) -> Optional[str]:
     try:
         result = await mock_model(text)
+        await asyncio.sleep(0)  # raises CancelledError if the model has cancelled this task
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker

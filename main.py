@@ -231,8 +231,9 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
-    owned() asks whether the key still has that name, and release() deletes it if so. The lease
-    expires a second after the attempt has to end, so that the output is usually stored by then.
+    release() deletes the key if it still has that name. The lease expires a second after the
+    attempt has to end, so that the output is usually stored by then. (If a worker is frozen for
+    longer, two attempts can be under way. The first output counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -305,10 +306,6 @@ async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[st
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
         return None  # it is finished by now, or expired
-    # If this worker was frozen since acquire(), the lease may have expired and be another's by now.
-    # (A freeze after this check goes unnoticed, and can cost more runs than are counted.)
-    if not await lease.owned():
-        return None
     record = json.loads(record_json)
     text: str = record["input"]
     attempt = record["attempt"] + 1
@@ -316,7 +313,8 @@ async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[st
         logger.error("%s has used up its attempts", key)
         await store_output(redis, key, text, None)
         return None
-    # Stored before the run, so that it counts if the model kills this worker:
+    # Stored before the run, so that it counts if the model kills this worker. (If this worker was
+    # frozen here until the lease expired, another has counted the same attempt, and makes it too.)
     await store_record(redis, key, text, attempt)
     return text
 

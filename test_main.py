@@ -367,7 +367,6 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
 MEANWHILE = {  # what happens between taking the lease and looking at the prediction again
     "the output arrives": lambda store, path: store.set(key_of(path, ":output"), "{}"),
     "the prediction expires": lambda store, path: store.delete(key_of(path)),
-    "a freeze": lambda store, path: store.set(key_of(path, ":lease"), "another attempt's"),
 }
 
 

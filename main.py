@@ -16,8 +16,8 @@ A worker (a process running this file) accepts a prediction by storing its recor
 lasts a little longer than an attempt may take. Then it runs the model and stores the output, which
 is final: "failed" if the model raised or took too long.
 
-If the worker is killed, or cannot store the output, the lease expires without one. The next GET, at
-any worker, then starts another attempt (so the model may run more than once) or, when all
+If the worker is killed, or cannot store the output, there is none when the lease expires. The next
+GET after that, at any worker, starts another attempt (so the model may run more than once) or, when
 PREDICTION_ATTEMPTS are used up, stores "failed". A client that waits learns the id with the result;
 if anything goes wrong before, it has to send its input again.
 """
@@ -107,7 +107,7 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, and finish requests and background tasks
-    await app.state.redis.aclose()  # also if uvicorn has cancelled what was not finished in time
+    await app.state.redis.aclose()  # also if they took too long, and were cancelled
 
 
 app = FastAPI(
@@ -117,8 +117,8 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # names for generated clients
 )
-# Bytes; for a larger body, FastAPI sends 413. (Before 0.164, so on Python before 3.11, it has no
-# limit.)
+# FastAPI 0.164 and later, which need Python 3.11, send 413 for a body of more bytes. Older ones
+# have no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -174,7 +174,7 @@ READ_ANSWERS: Dict[Any, Any] = {
 
 # --- The API: predictions ---------------------------------------------------------------------
 # FastAPI fills in body from JSON, async_mode from a header, and tasks with an empty list. It sends
-# a Prediction that is returned with status 200, and a JSONResponse as it is. Then it runs tasks.
+# a returned Prediction with status 200, and a returned JSONResponse as it is. Then it runs tasks.
 @app.post("/predict", response_model=Prediction, responses=CREATE_ANSWERS)
 async def create_prediction(
     body: PredictionRequest,
@@ -194,7 +194,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    output = await make_attempt(redis, key, body.input)  # goes on if the client hangs up
+    # Goes on if the client hangs up. Nobody knows its id yet, so its lease is just left to expire.
+    output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
     return Prediction(prediction_id=prediction_id, status=output.status, output=output)
@@ -282,7 +283,7 @@ async def mock_model(text: str) -> str:
 
 
 async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
-    """Make an attempt after the answer was sent. Its lease was taken before."""
+    """Make an attempt after the answer was sent, and give its lease back if it is cut short."""
     try:
         await make_attempt(redis, key, text)
     except RedisError as error:
@@ -290,7 +291,8 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except asyncio.CancelledError:
         # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
         # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
-        # once. release() raises RedisError if the lease has expired, or if Redis is fakeredis.
+        # once. release() raises RedisError if the lease has expired, and also with fakeredis, which
+        # cannot run the script that it needs.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -313,8 +315,8 @@ async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[st
         logger.error("%s has used up its attempts", key)
         await store_output(redis, key, text, None)
         return None
-    # Stored before the run, so that it counts if the model kills this worker. (If this worker was
-    # frozen here until the lease expired, another has counted the same attempt, and makes it too.)
+    # Stored before the run, so that it counts if the model kills this worker. (If this worker is
+    # frozen here until the lease expires, another stores the same number, and both run the model.)
     await store_record(redis, key, text, attempt)
     return text
 
@@ -325,7 +327,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # if this process was frozen, the result may need another moment
+        if not task.done():  # after a freeze, the result may come just after the time-out
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # it is still not done
@@ -401,7 +403,7 @@ class BatchingRedis(Redis):
             # redis-py's Pipeline sends many commands at once, and then reads all replies.
             pipeline = self.pipeline(transaction=False)
             for args, options, _ in batch:
-                pipeline.pipeline_execute_command(*args, **options)  # only adds it there
+                pipeline.pipeline_execute_command(*args, **options)  # adds it; sends nothing yet
             replies = await pipeline.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
             replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
@@ -441,13 +443,13 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with 3, redis-py 8 would go on using a connection that Redis has closed
-        # Seconds. A command waits for two batches at most, the one under way and its own. So it
-        # fails within 2 * 0.7 = 1.4 s if we cannot connect, and within 2 * (0.7 + 1.5) = 4.4 s if
-        # Redis is frozen (then we may connect, but there is no reply).
+        protocol=2,  # or 3, but then redis-py 8 does not notice that Redis has closed a connection
+        # Seconds. A command waits for two batches at most, the one under way and its own. Each
+        # fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis is frozen (then
+        # it may connect, but gets no reply).
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
-        retry=None,  # never; redis-py 8 would retry ten times
+        retry=None,  # no; the default of redis-py 8 is ten times
     )
     try:
         await redis.ping()

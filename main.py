@@ -209,17 +209,14 @@ async def read_prediction(
     """Read a prediction: 200 if it is completed or failed, 202 if it is not ready yet."""
     redis, key = app.state.redis, f"prediction:{prediction_id}"
     # The values of three keys at once, None for one that does not exist:
-    record, holder, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
+    record, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json:
         output = Output.model_validate_json(output_json)
         return Prediction(prediction_id=prediction_id, status=output.status, output=output)
     if not record:
         raise HTTPException(404, "Prediction not found.")
-    if not holder:  # the worker was killed, say
-        lease = new_lease(redis, key)
-        text = await begin_next_attempt(redis, key, lease)
-        if text is not None:
-            tasks.add_task(in_background, redis, key, text, lease)
+    if not lease:  # the worker was killed, say
+        await add_next_attempt(redis, key, tasks)
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
 
@@ -298,27 +295,24 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
         raise
 
 
-async def begin_next_attempt(redis: Redis, key: str, lease: Lock) -> Optional[str]:
-    """Take the lease and count another attempt; return its input, or None if there is to be none.
-
-    Raise RedisError if Redis is away.
-    """
+async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> None:
+    """Take the lease and add another attempt to tasks, or store "failed" if none is left."""
+    lease = new_lease(redis, key)
     if not await lease.acquire():
-        return None  # another worker was faster
+        return  # another worker was faster
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
-        return None  # it is finished by now, or expired
+        return  # it is finished by now, or expired
     record = json.loads(record_json)
-    text: str = record["input"]
-    attempt = record["attempt"] + 1
+    text, attempt = record["input"], record["attempt"] + 1
     if attempt > settings.PREDICTION_ATTEMPTS:
         logger.error("%s has used up its attempts", key)
         await store_output(redis, key, text, None)
-        return None
+        return
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
     # frozen here until the lease expires, another stores the same number, and both run the model.)
     await store_record(redis, key, text, attempt)
-    return text
+    tasks.add_task(in_background, redis, key, text, lease)
 
 
 async def run_model(key: str, text: str) -> Optional[str]:

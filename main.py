@@ -107,7 +107,7 @@ class Message(BaseModel):
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
     yield  # serve until Ctrl+C or SIGTERM, and finish requests and background tasks
-    await app.state.redis.aclose()  # also if they took too long, and were cancelled
+    await app.state.redis.aclose()  # also if uvicorn had to cancel some of them
 
 
 app = FastAPI(
@@ -186,15 +186,16 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it. The id is new, so the lease is free. Since BatchingRedis sends both commands at
-    # once, this is one round trip. If Redis is away, it raises RedisError (see answer_unavailable).
+    # Accept it: take its lease, which is free since the id is new, and store its record, both in
+    # one round trip (see BatchingRedis). A RedisError here makes answer_unavailable send 503.
     lease = new_lease(redis, key)
     await asyncio.gather(lease.acquire(), store_record(redis, key, body.input, attempt=1))
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # Goes on if the client hangs up. Nobody knows its id yet, so its lease is just left to expire.
+    # The attempt goes on if the client hangs up. Nobody knows the id yet, and so nobody will want
+    # the lease: it is left to expire.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -288,8 +289,8 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except asyncio.CancelledError:
         # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
         # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
-        # once. release() raises RedisError if the lease has expired, and also with fakeredis, which
-        # cannot run the script that it needs.
+        # once. release() raises RedisError if the lease has expired, and always with fakeredis,
+        # which cannot run the script for it (but forgets everything anyway).
         with suppress(RedisError):
             await lease.release()
         raise
@@ -437,10 +438,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # or 3, but then redis-py 8 does not notice that Redis has closed a connection
+        protocol=2,  # Redis knows 3 too, but then redis-py 8 goes on using a closed connection
         # Seconds. A command waits for two batches at most, the one under way and its own. Each
         # fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis is frozen (then
-        # it may connect, but gets no reply).
+        # it may connect, but gets no reply). So a command fails within 4.4 s.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # no; the default of redis-py 8 is ten times

@@ -362,8 +362,8 @@ class BatchingRedis(Redis):
 
     One batch is under way at a time, while commands collect for the next. A plain Redis, which has
     a pool of connections, can take its place. But it needed 1.5 times the processor time. And with
-    8, 32 or 100 connections, some of 2,000 requests at once failed, or waited more than 5 s for
-    their 503 when Redis was frozen.
+    8, 32 or 100 connections, some of 2,000 requests at once failed, or waited longer for
+    their 503 when Redis was frozen than the 5 s that are the aim here.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -438,7 +438,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # Redis knows 3 too, but then redis-py 8 goes on using a closed connection
+        protocol=2,  # of Redis; over 3, redis-py 8 may not notice that a connection was closed
         # Seconds. A command waits for two batches at most, the one under way and its own. Each
         # fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis is frozen (then
         # it may connect, but gets no reply). So a command fails within 4.4 s.

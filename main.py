@@ -23,7 +23,6 @@ if anything goes wrong before, it has to send its input again.
 """
 
 import asyncio
-import json
 import logging
 import pathlib
 import socket
@@ -67,7 +66,7 @@ class Settings(BaseSettings):
 
 settings = Settings()
 
-# --- What clients send and receive, as JSON ---------------------------------------------------
+# --- What clients send and receive, and what is kept in Redis, as JSON ------------------------
 
 
 class PredictionRequest(BaseModel):
@@ -77,6 +76,12 @@ class PredictionRequest(BaseModel):
 class Status(str, Enum):
     completed = "completed"
     failed = "failed"
+
+
+class Record(BaseModel):
+    status: str = "processing"
+    input: str
+    attempt: int
 
 
 class Output(BaseModel):
@@ -188,8 +193,11 @@ async def create_prediction(
     key = f"prediction:{prediction_id}"
     # Accept it: take its lease, which is free since the id is new, and store its record, both in
     # one round trip (see BatchingRedis). A RedisError here makes answer_unavailable send 503.
-    lease = new_lease(redis, key)
-    await asyncio.gather(lease.acquire(), store_record(redis, key, body.input, attempt=1))
+    lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
+    await asyncio.gather(
+        lease.acquire(),
+        redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL),  # expires after that
+    )
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
@@ -222,8 +230,6 @@ async def read_prediction(
 
 
 # --- Attempts ---------------------------------------------------------------------------------
-# redis.set(..., ex=60) makes the key expire after 60 seconds. With nx=True, it sets only a key that
-# does not exist, and returns None otherwise. See https://redis.io/docs/latest/commands/set/
 
 
 def new_lease(redis: Redis, key: str) -> Lock:
@@ -235,12 +241,6 @@ def new_lease(redis: Redis, key: str) -> Lock:
     longer, two attempts can be under way. The first output counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
-
-
-async def store_record(redis: Redis, key: str, text: str, attempt: int) -> None:
-    record = {"status": "processing", "input": text, "attempt": attempt}
-    record_json = json.dumps(record, ensure_ascii=False)
-    await redis.set(key, record_json, ex=settings.PREDICTION_TTL)
 
 
 async def make_attempt(redis: Redis, key: str, text: str) -> Output:
@@ -256,6 +256,8 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
     status = Status.failed if result is None else Status.completed
     output = Output(status=status, input=text, result=result)
     output_json = output.model_dump_json()
+    # With nx=True, set() sets only a key that does not exist, and returns None otherwise. See
+    # https://redis.io/docs/latest/commands/set/
     if await redis.set(f"{key}:output", output_json, nx=True, ex=settings.PREDICTION_TTL):
         return output
     first = await redis.get(f"{key}:output")
@@ -304,16 +306,16 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
         return  # it is finished by now, or expired
-    record = json.loads(record_json)
-    text, attempt = record["input"], record["attempt"] + 1
-    if attempt > settings.PREDICTION_ATTEMPTS:
+    record = Record.model_validate_json(record_json)
+    if record.attempt >= settings.PREDICTION_ATTEMPTS:
         logger.error("%s has used up its attempts", key)
-        await store_output(redis, key, text, None)
+        await store_output(redis, key, record.input, None)
         return
+    record.attempt += 1
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
     # frozen here until the lease expires, another stores the same number, and both run the model.)
-    await store_record(redis, key, text, attempt)
-    tasks.add_task(in_background, redis, key, text, lease)
+    await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
+    tasks.add_task(in_background, redis, key, record.input, lease)
 
 
 async def run_model(key: str, text: str) -> Optional[str]:
@@ -370,13 +372,16 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.waiting: List[Any] = []  # the next batch: commands, each with a future for its reply
+        # redis-py's Pipeline collects commands, sends them at once, and then reads all replies.
+        self.next_batch = self.pipeline(transaction=False)
+        self.futures: List[Any] = []  # for the replies to the next batch, one for each command
         self.sending: Any = None  # the task that sends the batch under way, if any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute a command. redis-py's commands, such as set(), all call this."""
         future = asyncio.get_running_loop().create_future()
-        self.waiting.append((args, options, future))
+        self.next_batch.pipeline_execute_command(*args, **options)  # adds it; sends nothing yet
+        self.futures.append(future)
         if not self.sending:
             self.start_next_batch()
         reply = await future
@@ -387,22 +392,19 @@ class BatchingRedis(Redis):
     def start_next_batch(self) -> None:
         """Called by the first command, and whenever a batch is done, however it ended."""
         self.sending = None
-        if self.waiting:
+        if self.futures:
             # The task begins at a later turn of the event loop; commands until then join its batch.
             self.sending = asyncio.create_task(self.send_batch())
             self.sending.add_done_callback(lambda _: self.start_next_batch())
 
     async def send_batch(self) -> None:
-        batch, self.waiting = self.waiting, []
+        batch, self.next_batch = self.next_batch, self.pipeline(transaction=False)
+        futures, self.futures = self.futures, []
         try:
-            # redis-py's Pipeline sends many commands at once, and then reads all replies.
-            pipeline = self.pipeline(transaction=False)
-            for args, options, _ in batch:
-                pipeline.pipeline_execute_command(*args, **options)  # adds it; sends nothing yet
-            replies = await pipeline.execute(raise_on_error=False)
+            replies = await batch.execute(raise_on_error=False)
         except BaseException as error:  # whatever it is, everyone gets a RedisError
-            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in batch]
-        for (_, _, future), reply in zip(batch, replies):
+            replies = [RedisError(f"{type(error).__name__}: {error}") for _ in futures]
+        for future, reply in zip(futures, replies):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):

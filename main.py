@@ -16,8 +16,8 @@ A worker (a process running this file) accepts a prediction by storing its recor
 lasts a little longer than an attempt may take. Then it runs the model and stores the output, which
 is final: "failed" if the model raised or took too long.
 
-If the worker is killed, or cannot store the output, there is none when the lease expires. The next
-GET after that, at any worker, starts another attempt (so the model may run more than once) or, when
+If the worker is killed, or cannot store the output, the lease expires and there is no output. Then
+the next GET, at any worker, starts another attempt (so the model may run more than once) or, when
 PREDICTION_ATTEMPTS are used up, stores "failed". A client that waits learns the id with the result;
 if anything goes wrong before, it has to send its input again.
 """
@@ -79,7 +79,7 @@ class Status(str, Enum):
 
 
 class Record(BaseModel):
-    status: str = "processing"
+    status: str = "processing"  # for people who look into Redis
     input: str
     attempt: int
 
@@ -196,7 +196,7 @@ async def create_prediction(
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
         lease.acquire(),
-        redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL),  # expires after that
+        redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL),  # ex: seconds
     )
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)
@@ -236,9 +236,10 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
-    release() deletes the key if it still has that name. The lease expires a second after the
-    attempt has to end, so that the output is usually stored by then. (If a worker is frozen for
-    longer, two attempts can be under way. The first output counts.)
+    release() deletes the key if it still has that name. Only an attempt that is cut short does
+    that; else the lease expires, a second after the attempt has to end, when the output is usually
+    stored. (If a worker is frozen for longer, two attempts can be under way. The first output
+    counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -289,10 +290,10 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
-        # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
-        # once. release() raises RedisError if the lease has expired, and always with fakeredis,
-        # which cannot run the script for it (but forgets everything anyway).
+        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (Now
+        # clients that wait get 500.) Without a lease, the next GET starts another attempt at once.
+        # release() raises RedisError if the lease has expired, and always with fakeredis, which
+        # does not support it (but forgets everything anyway).
         with suppress(RedisError):
             await lease.release()
         raise
@@ -313,7 +314,7 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
         return
     record.attempt += 1
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
-    # frozen here until the lease expires, another stores the same number, and both run the model.)
+    # frozen here for longer than the lease lasts, another worker makes the attempt of this number.)
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     tasks.add_task(in_background, redis, key, record.input, lease)
 
@@ -335,6 +336,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
 
 
 async def call_model(key: str, text: str) -> Optional[str]:
+    """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
     try:
         result = await mock_model(text)
         await asyncio.sleep(0)  # raises CancelledError if the model has cancelled this task
@@ -362,10 +364,12 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    One batch is under way at a time, while commands collect for the next. A plain Redis, which has
-    a pool of connections, can take its place. But it needed 1.5 times the processor time. And with
-    8, 32 or 100 connections, some of 2,000 requests at once failed, or waited longer for
-    their 503 when Redis was frozen than the 5 s that are the aim here.
+    The first command starts a task that sends the first batch. While that is under way, commands
+    collect for the next batch, which is sent when the first is done, and so on.
+
+    A plain Redis can take its place, but needed 1.5 times the processor time. And no pool of 8, 32
+    or 100 connections passed two tests: to serve 2,000 requests at once, and to answer as many
+    within 5 s while Redis was frozen.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -393,7 +397,7 @@ class BatchingRedis(Redis):
         """Called by the first command, and whenever a batch is done, however it ended."""
         self.sending = None
         if self.futures:
-            # The task begins at a later turn of the event loop; commands until then join its batch.
+            # The task begins at a later turn of the event loop; commands until then join the batch.
             self.sending = asyncio.create_task(self.send_batch())
             self.sending.add_done_callback(lambda _: self.start_next_batch())
 
@@ -440,10 +444,10 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; over 3, redis-py 8 may not notice that a connection was closed
-        # Seconds. A command waits for two batches at most, the one under way and its own. Each
-        # fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis is frozen (then
-        # it may connect, but gets no reply). So a command fails within 4.4 s.
+        protocol=2,  # over 3, the newer one, redis-py 8 may not notice that a connection is closed
+        # Seconds. A batch fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis
+        # is frozen (then it may connect, but gets no reply). A command waits for two batches at
+        # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
         retry=None,  # no; the default of redis-py 8 is ten times

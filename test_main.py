@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import random
 import re
 import runpy
@@ -27,11 +28,9 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from subprocess import PIPE
 
 import fakeredis
 import jupyter_client
-import nbformat
 import pytest
 import redis
 import requests
@@ -42,7 +41,7 @@ import main
 HERE = Path(__file__).parent
 JSON = "application/json"
 LONG = 20  # seconds that no wait in these tests should ever take
-GRACE = "--timeout-graceful-shutdown=1"  # seconds until uvicorn cuts attempts short
+NO_REDIS = 1  # a port at which nothing answers
 
 for setting in main.Settings.model_fields:  # the settings of whoever runs the tests
     os.environ.pop(setting, None)
@@ -53,9 +52,9 @@ os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # so that the walkthrough's kernel 
 
 def test_killed_worker_loses_nothing(start_worker, api, store):
     doomed = start_worker(**store.settings, PREDICTION_LATENCY=LONG, PREDICTION_TIMEOUT=1)
-    paths = [accept(doomed.url, text) for text in "abcde"]
+    paths = [accept(doomed.url) for _ in range(3)]
     doomed.kill()
-    assert completed(api, paths) == list("abcde")
+    assert [poll(api, path)["status"] for path in paths] == 3 * ["completed"]
 
 
 def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, models, caplog):
@@ -66,21 +65,21 @@ def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, m
     third.kill()
     store.delete(key_of(path, ":lease"))
     assert poll(api, path)["output"] == {"status": "failed", "input": "orphan", "result": None}
-    assert models == []  # the fourth has not tried
+    assert models.empty()  # the fourth has not tried
     assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
 def test_first_output_is_final_when_two_attempts_race(api, store, models):
-    path = accept(api)
-    store.delete(key_of(path, ":lease"))
-    assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
-    wait_until(lambda: len(models) == 2)
-    models[1].set_result("The second attempt's")
-    first = poll(api, path)
-    assert first["output"]["result"] == "The second attempt's"
-    models[0].set_result("The first attempt's")
-    wait_for_attempts()
-    assert requests.get(api + path).json() == first
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(predict, api)
+        slow = models.get(timeout=LONG)
+        path = "/predict/" + store.keys("*:lease")[0].split(":")[1]
+        store.delete(key_of(path, ":lease"))
+        assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
+        models.get(timeout=LONG).set_result("The second attempt's")
+        first = poll(api, path)
+        slow.set_result("The first attempt's")
+        assert waiting.result().json() == requests.get(api + path).json() == first
 
 
 def test_worker_told_to_stop_finishes_first(start_worker, api, store):
@@ -91,52 +90,51 @@ def test_worker_told_to_stop_finishes_first(start_worker, api, store):
     assert f" Predictions are kept in Redis at 127.0.0.1:{store.port}.\n" in log
 
 
-def test_worker_cut_short_hands_its_predictions_back(start_worker, api_on, redis_server):
-    hasty = start_worker(GRACE, **redis_server.settings, PREDICTION_LATENCY=LONG)
-    paths = [accept(hasty.url, text) for text in "abcde"]
-    redis_server.set(key_of(paths[0], ":lease"), "another worker")
-    redis_server.client_pause(1400)  # until after they are cut short
-    assert hasty.stop().count("Exception in ASGI application") >= 5  # they end as cancelled
-    leases = [redis_server.get(key_of(path, ":lease")) for path in paths]
-    assert leases == ["another worker", None, None, None, None]
-    api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
-    assert completed(api, paths[1:]) == list("bcde")
+def test_worker_cut_short_hands_its_predictions_back(start_worker, redis_server):
+    grace = "--timeout-graceful-shutdown=1"
+    hasty = start_worker(grace, **redis_server.settings, PREDICTION_LATENCY=LONG)
+    paths = [accept(hasty.url), redis_server.leave_orphan(), accept(hasty.url)]
+    assert requests.get(hasty.url + paths[1]).status_code == 202  # and the poll starts it again
+    redis_server.set(key_of(paths[2], ":lease"), "another worker")
+    redis_server.client_pause(1400)  # until after all three are cut short
+    log = hasty.stop()
+    assert redis_server.keys("*:lease") == [key_of(paths[2], ":lease")]  # the others are free
+    assert log.count("Exception in ASGI application") >= 3  # they end as cancelled
+    assert "redis.exceptions" not in log
 
 
 def test_redis_killed_and_back_loses_nothing(redis_server, api_on, caplog):
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0.7, PREDICTION_TIMEOUT=1)
-    paths = [accept(api, text) for text in "abcde"]
-    redis_server.kill()
-    assert_503_within(2, requests.get, api + paths[0])
+    path = accept(api)
+    redis_server.process.kill()
+    assert_503_within(2, requests.get, api + path)
     assert_503_within(2, predict, api)
     assert requests.get(api).status_code == 200
-    wait_until(lambda: caplog.text.count("an attempt is lost") == 5)  # to be made again
+    wait_until(lambda: "an attempt is lost" in caplog.text)  # to be made again
     redis_server.start()
-    assert completed(api, paths) == list("abcde")
+    assert poll(api, path)["status"] == "completed"
 
 
 def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     redis_server.process.send_signal(signal.SIGSTOP)
     at_once(100, assert_503_within, 5, predict, api)
-    assert requests.get(api).status_code == 200
     redis_server.process.send_signal(signal.SIGCONT)
     wait_until(lambda: predict(api).status_code == 200)
 
 
-def test_failover_is_followed(redis_server, tmp_path_factory, api_on, monkeypatch):
+def test_failover_is_followed(redis_server, fake_redis, api_on, monkeypatch):
     def connect_to_new(**options):  # as if the name of the machine led there now
-        return open_connection(**dict(options, port=new.port))
+        return open_connection(**dict(options, port=fake_redis.port))
 
     open_connection = asyncio.open_connection
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
-    with RedisServer(tmp_path_factory.mktemp("new")) as new:
-        path = new.leave_orphan()  # accepted before, and copied by then
-        redis_server.replicaof("127.0.0.1", new.port)  # so it refuses writes
-        monkeypatch.setattr(asyncio, "open_connection", connect_to_new)
-        assert_503_within(2, predict, api)
-        assert predict(api).status_code == 200
-        assert poll(api, path)["status"] == "completed"
+    path = fake_redis.leave_orphan()  # accepted before, and copied by then
+    redis_server.replicaof("127.0.0.1", fake_redis.port)  # so it refuses writes
+    monkeypatch.setattr(asyncio, "open_connection", connect_to_new)
+    assert_503_within(2, predict, api)
+    assert predict(api).status_code == 200
+    assert poll(api, path)["status"] == "completed"
 
 
 def test_burst_is_served_at_once_over_few_connections(redis_server, api_on):
@@ -149,12 +147,11 @@ def test_burst_is_served_at_once_over_few_connections(redis_server, api_on):
 
 
 def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
-    port = free_port()
-    worker = start_worker(REDIS_PORT=port, PREDICTION_LATENCY=0)
+    worker = start_worker(REDIS_PORT=NO_REDIS, PREDICTION_LATENCY=0)
     assert poll(worker.url, accept(worker.url))["status"] == "completed"
     log = worker.stop()
     assert log.count("WARNING") == 1
-    assert re.search(f"No Redis answers at localhost:{port}, .* Set REDIS_HOST ", log)
+    assert re.search(f"No Redis answers at localhost:{NO_REDIS}, .* Set REDIS_HOST ", log)
     assert "Traceback" not in log
 
 
@@ -167,15 +164,15 @@ def test_greeting_and_no_icon(api):
         assert (response.status_code, response.json()) == (200, {"message": message})
 
 
-def test_synchronous_prediction_is_completed_and_kept(api, store):
-    response = predict(api)
+def test_synchronous_prediction_is_completed_and_kept_exactly(api):
+    text = "NUL \0 \u2028\r\n\t\"\\' Zoë \U0010ffff ".ljust(10_000, "🚀")
+    response = predict(api, text)
     prediction_id, result = response.json()["prediction_id"], response.json()["output"]["result"]
     assert uuid.UUID(prediction_id).version == 4
     assert re.fullmatch("Mock result [0-9a-f]{8}", result)
-    output = {"status": "completed", "input": "Some input data", "result": result}
+    output = {"status": "completed", "input": text, "result": result}
     prediction = {"prediction_id": prediction_id, "status": "completed", "output": output}
     assert (response.status_code, response.json()) == (200, prediction)
-    assert store.record(f"/predict/{prediction_id}")["attempt"] == 1
     assert poll(api, f"/predict/{prediction_id}") == prediction
 
 
@@ -187,13 +184,12 @@ def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api,
     assert accepted.status_code == 202
     assert accepted.json() == {"message": message, "prediction_id": prediction_id}
     assert accepted.headers["Location"] == path
-    pending, processing = requests.get(api + path), {"detail": "Prediction is still processing."}
-    assert (pending.status_code, pending.json()) == (202, processing)
-    assert pending.headers["Retry-After"] == "1"
-    record = {"status": "processing", "input": "Some input data", "attempt": 1}
-    assert store.record(path) == record
+    pending = requests.get(api + path)
+    assert (pending.status_code, pending.headers["Retry-After"]) == (202, "1")
+    assert pending.json() == {"detail": "Prediction is still processing."}
+    assert store.record(path) == {"status": "processing", "input": "Some input data", "attempt": 1}
     assert re.fullmatch("[0-9a-f]{32}", store.get(key_of(path, ":lease")))
-    models[0].set_result("Done")
+    models.get(timeout=LONG).set_result("Done")
     output = {"status": "completed", "input": "Some input data", "result": "Done"}
     done = {"prediction_id": prediction_id, "status": "completed", "output": output}
     assert poll(api, path) == done
@@ -209,20 +205,9 @@ def test_mode_header(api, name):
     assert [error["loc"] for error in response.json()["detail"]] == [["header", name]]
 
 
-def test_input_is_kept_exactly(api):
-    for text in ("", "NUL \0 \u2028\r\n\t\"\\' Zoë \U0010ffff ".ljust(10_000, "🚀")):
-        prediction = predict(api, text).json()
-        assert prediction["output"]["input"] == text
-        assert poll(api, f"/predict/{prediction['prediction_id']}") == prediction
-
-
-def test_poll_of_unknown_or_expired_prediction_is_404(api):
+def test_poll_of_unknown_prediction_is_404(api):  # as one is when its keys have expired
     response = requests.get(f"{api}/predict/{uuid.uuid4()}")
     assert (response.status_code, response.json()) == (404, {"detail": "Prediction not found."})
-    main.settings.PREDICTION_TTL = 1
-    path = f"/predict/{predict(api).json()['prediction_id']}"
-    assert requests.get(api + path).status_code == 200
-    wait_until(lambda: requests.get(api + path).status_code == 404)
 
 
 def test_every_key_expires(api, store):
@@ -250,18 +235,14 @@ def test_wrong_method_is_405_and_wrong_path_404(api):
 
 
 BAD_BODIES = {
-    "no body": (b"", JSON, 422),
     "no input": (b"{}", JSON, 422),
-    "a number": (b'{"input": 1}', JSON, 422),
     "10,001 characters": (b'{"input": "%s"}' % (b"x" * 10_001), JSON, 422),
     "half a body": (b'{"input": "secret"', JSON, 422),
-    "another type": (b'{"input": "secret"}', "text/plain", 422),
     "NaN": (b'{"input": NaN}', JSON, 422),
     "a number too large": (b'{"input": 1e999}', JSON, 422),
     "a lone surrogate": (b'{"input": "secret \\ud800"}', JSON, 422),
     "no UTF-8": (b'{"input": "secret \xff"}', JSON, 400),
     "no UTF-8 in another type": (b"secret \xff", "text/plain", 422),
-    "100,000 brackets": (b"[" * 100_000, JSON, 400),
 }
 
 
@@ -297,19 +278,14 @@ MISBEHAVING_MODELS = {
     "cancels itself": "async def model(text): asyncio.current_task().cancel(); return text",
     "raises what cannot be printed": """async def model(text):
         raise SyntaxError(text, ("file", 1, "x", b"not text"))""",
-    "exits": "async def model(text): sys.exit(1)",
-    "hangs": "async def model(text): await asyncio.Event().wait()",
     "ignores its cancellation": """async def model(text):
-        for _ in range(10):
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0.1)
-        return text""",
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.sleep(1)""",
     "is a plain function": "def model(text): return text",
     "is a generator": "async def model(text): yield text",
     "returns nothing": "async def model(text): pass",
     "returns no text": "async def model(text): return 42",
-    "returns what only looks like text": """async def model(text):
-        return type("Text", (), {"encode": print})()""",
     "returns half a character": r"async def model(text): return '\ud800'",
 }
 
@@ -346,6 +322,12 @@ def test_result_that_was_there_when_the_worker_froze_counts(api, monkeypatch):
     assert predict(api).json()["output"]["result"] == "in time"
 
 
+def test_prediction_of_a_model_that_hangs_is_failed_and_the_model_cancelled(api, models):
+    main.settings.PREDICTION_TIMEOUT = 0.2
+    assert poll(api, accept(api))["status"] == "failed"
+    wait_until(models.get(timeout=LONG).cancelled)
+
+
 # --- Leases and attempts ----------------------------------------------------------------------
 
 
@@ -353,88 +335,42 @@ def test_orphan_is_taken_over_by_one_poll_of_many(api, store, models):
     main.settings.PREDICTION_ATTEMPTS = 2  # so this is the last
     path = store.leave_orphan()
     assert {response.status_code for response in at_once(20, requests.get, api + path)} == {202}
-    wait_until(lambda: models)
-    tasks = main.BackgroundTasks()
-    on_server(main.add_next_attempt(main.app.state.redis, key_of(path), tasks))  # a late 21st poll
-    assert tasks.tasks == []
-    models[0].set_result("Done")
+    model = models.get(timeout=LONG)
+    assert late_poll(path) == []
+    model.set_result("Done")
     assert poll(api, path)["output"]["result"] == "Done"
     wait_for_attempts()
-    assert [model.input for model in models] == ["orphan"]
+    assert (model.input, models.empty()) == ("orphan", True)
     assert store.record(path) == {"status": "processing", "input": "orphan", "attempt": 2}
 
 
-MEANWHILE = {  # what happens between taking the lease and looking at the prediction again
-    "the output arrives": lambda store, path: store.set(key_of(path, ":output"), "{}"),
-    "the prediction expires": lambda store, path: store.delete(key_of(path)),
-}
+def test_orphan_that_is_finished_or_gone_by_now_is_left_alone(api, store):
+    finished, gone = store.leave_orphan(), "/predict/gone"
+    store.set(key_of(finished, ":output"), "{}")
+    assert late_poll(finished) == late_poll(gone) == []
 
 
-@pytest.mark.parametrize("attempt", [1, 3])  # 3: was the last, so "failed" would be stored
-@pytest.mark.parametrize("name", MEANWHILE)
-def test_attempt_is_not_made_if(api, store, models, monkeypatch, caplog, name, attempt):
-    async def acquire_and_pause(lease):
-        acquired = await acquire(lease)
-        MEANWHILE[name](store, path)
-        before.update(store.contents())
-        return acquired
+def test_output_counts_if_the_first_one_expires_meanwhile():
+    class Forgetful:
+        async def nothing(self, *args, **options):
+            return None
 
-    before, acquire = {}, main.Lock.acquire
-    monkeypatch.setattr(main.Lock, "acquire", acquire_and_pause)
-    path = store.leave_orphan(attempt)
-    assert requests.get(api + path).status_code == 202
-    wait_for_attempts()
-    assert models == []
-    assert store.contents() == before
-    assert "Traceback" not in caplog.text
+        set = get = nothing
 
-
-@pytest.mark.parametrize("attempt", ["first", "next"])
-def test_attempt_that_is_cut_short_ends_at_once(api, store, models, caplog, attempt):
-    main.settings.PREDICTION_TIMEOUT = 2 * LONG  # so that nothing else ends it
-    if attempt == "first":
-        accept(api)
-    else:
-        requests.get(api + store.leave_orphan(), timeout=LONG)
-    wait_until(lambda: models)
-    assert store.keys("*:lease")
-    for task in list(SERVER.server_state.tasks):
-        task.get_loop().call_soon_threadsafe(task.cancel)
-    wait_for_attempts()
-    wait_until(models[0].cancelled)
-    given_up = isinstance(store, RedisServer)  # fakeredis cannot run the script
-    assert (store.keys("*:lease") == []) == given_up
-    assert "CancelledError" in caplog.text
-    assert "redis.exceptions" not in caplog.text
-
-
-@pytest.mark.parametrize("expired", [False, True])
-def test_synchronous_answer_is_the_first_output_unless_it_expires(api, store, monkeypatch, expired):
-    async def run_model(key, text):
-        output = main.Output(status="completed", input=text, result="The other one")
-        store.set(f"{key}:output", output.model_dump_json())
-        return "Mine"
-
-    async def get_nothing(key):
-        return None
-
-    monkeypatch.setattr(main, "run_model", run_model)
-    if expired:
-        monkeypatch.setattr(main.app.state.redis, "get", get_nothing)
-    assert predict(api).json()["output"]["result"] == ("Mine" if expired else "The other one")
+    output = asyncio.run(main.store_output(Forgetful(), "key", "text", "result"))
+    assert (output.status, output.result) == ("completed", "result")
 
 
 def test_one_round_trip_before_an_answer(redis_server, api_on, models):
-    def reads():
-        return redis_server.info("stats")["total_reads_processed"]
-
-    api, before = api_on(**redis_server.settings), reads()
+    api = api_on(**redis_server.settings)
+    redis_server.config_resetstat()
     path = accept(api)
     assert requests.get(api + path).status_code == 202
-    models[0].set_result("Done")
+    models.get(timeout=LONG).set_result("Done")
     wait_for_attempts()
     assert requests.get(api + path).status_code == 200
-    assert reads() - before == 5  # to accept, poll, store and poll, and this one
+    reads = redis_server.info("stats")["total_reads_processed"]
+    assert reads == 5  # to accept, poll, store and poll, and this one
     assert "cmdstat_multi" not in redis_server.info("commandstats")
 
 
@@ -450,23 +386,23 @@ def test_redis_that_is_full_is_503_until_there_is_room(redis_server, api_on):
 
 
 def test_api_that_starts_before_its_redis_recovers(redis_server, api_on, caplog):
-    redis_server.kill()
+    redis_server.process.kill()
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
     assert caplog.messages[-1].startswith(f"Redis at 127.0.0.1:{redis_server.port} is unavailable")
     assert_503_within(2, predict, api)
+    assert caplog.messages[-1].startswith("Redis is unavailable: ConnectionError: ")
     redis_server.start()
     assert predict(api).status_code == 200
-    redis_server.kill()
+    redis_server.process.kill()
     redis_server.start()
     assert predict(api).status_code == 200  # nobody has noticed
 
 
 def test_redis_that_does_not_accept_connections_is_503_within_2_s(api_on):
-    with socket.socket() as listener, contextlib.ExitStack() as stack:
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        for _ in range(3):  # more than fit into its queue, so that the next one gets no answer
-            client = stack.enter_context(socket.socket())
+        for client in (first, second):  # they fill its queue, so that the next gets no answer
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         api = api_on(REDIS_HOST="127.0.0.1", REDIS_PORT=listener.getsockname()[1])
@@ -480,7 +416,7 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
 
     tls_port = free_port()
     tls = f"--tls-port {tls_port} --tls-auth-clients no --tls-cert-file".split()
-    redis_server.kill()
+    redis_server.process.kill()
     redis_server.start(*tls, certificate, "--tls-key-file", certificate)
     rules = "~prediction:* +ping +get +mget +set +del +evalsha +script|load"  # as in README.md
     redis_server.execute_command("ACL SETUSER", "api", "on", ">swordfish", *rules.split())
@@ -500,94 +436,69 @@ def test_redis_with_tls_and_a_user(redis_server, api_on, certificate, monkeypatc
     assert caplog.messages == []
 
 
-def test_no_connection_is_left_open(redis_server, server, monkeypatch):
-    def connections():
-        return len(redis_server.client_list())
-
-    before, lifespan = connections(), main.lifespan(main.app)
-    settings = main.Settings.model_construct(REDIS_PORT=redis_server.port)
-    monkeypatch.setattr(main, "settings", settings)
-    on_server(lifespan.__aenter__())  # finds the Redis, without a REDIS_HOST
-    wait_until(lambda: connections() == before + 1)
-    on_server(lifespan.__aexit__(None, None, None))
-    wait_until(lambda: connections() == before)
+def test_redis_is_found_without_redis_host_and_no_connection_is_left_open(redis_server, api_on):
+    api_on(REDIS_PORT=redis_server.port)
+    wait_until(lambda: len(redis_server.client_list()) == 2)  # the API and this test
+    on_server(main.app.state.redis.aclose())
+    wait_until(lambda: len(redis_server.client_list()) == 1)
 
 
 def test_no_reply_is_mixed_up_among_errors_and_cancellations(redis_server, api_on):
     async def send_many():
         client = main.app.state.redis
-        tasks = [asyncio.ensure_future(client.ping())]
+        first = asyncio.ensure_future(client.ping())
         await asyncio.sleep(0)  # now there is a task to send it, which has not begun
         client.sending.cancel()  # so it is left for the next
         await asyncio.sleep(0.1)  # until that is under way, and the others wait for it
-        for number in range(2_000):
-            command = client.echo(str(number)) if number % 100 else client.incr("text")
-            tasks.append(asyncio.ensure_future(command))
+        commands = [client.echo(f"{n}") if n % 100 else client.incr("text") for n in range(2_000)]
+        tasks = [asyncio.ensure_future(command) for command in commands]
         await asyncio.sleep(0.1)
-        for task in [client.sending, *tasks[51::100]]:  # as asyncio does if Ctrl+C is pressed twice
+        for task in [client.sending, *tasks[50::100]]:  # as asyncio does if Ctrl+C is pressed twice
             task.cancel()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(first, *tasks, return_exceptions=True)
 
     api_on(**redis_server.settings)
     redis_server.set("text", "not a number")
     redis_server.client_pause(1000)
     first, *replies = on_server(send_many())
-    assert isinstance(first, redis.RedisError)
+    assert (type(first), str(first)) == (redis.RedisError, "CancelledError: ")
     assert {type(reply) for reply in replies[::100]} == {redis.ResponseError}
     assert {type(reply) for reply in replies[50::100]} == {asyncio.CancelledError}
     assert replies[1::2] == [b"%d" % number for number in range(1, 2_000, 2)]
-    assert redis_server.info("stats")["total_connections_received"] == 3  # one of them is ours
-
-
-@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
-def test_batch_that_fails_in_any_way_is_503(store, api_on, monkeypatch, caplog, error):
-    async def fails(*args, **options):
-        await asyncio.sleep(0.1)  # until others wait for the next batch
-        raise error("as when a connection was reset")
-
-    api = api_on(**store.settings, PREDICTION_LATENCY=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(redis.asyncio.client.Pipeline, "execute", fails)
-        patch.setattr(main.app.state.redis.connection_pool, "disconnect", fails)
-        at_once(20, assert_503_within, 2, predict, api)
-    assert "connection was reset" in caplog.text
-    assert predict(api).status_code == 200
+    on_server(main.app.state.redis.ping())  # over a new connection, since there were errors
+    assert redis_server.info("stats")["total_connections_received"] == 4  # one of them is ours
 
 
 # --- Settings ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, monkeypatch, encoding):
-    text = "REDIS_USERNAME=Zoë\nREDIS_HOST=there\nSOMETHING=else\n"
-    (tmp_path / ".env").write_text(text, encoding=encoding)
+def test_env_file_is_read_and_its_unknown_keys_are_ignored(tmp_path, monkeypatch):
+    text = "REDIS_USERNAME=Zoë\nREDIS_HOST=there\nREDIS_PASSWORD=swordfish\nSOMETHING=else\n"
+    (tmp_path / ".env").write_text(text, encoding="utf-8-sig")  # with a byte order mark
     shutil.copy(str(HERE / "main.py"), str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)  # it is found beside main.py, not where one happens to be
     monkeypatch.setenv("REDIS_HOST", "here")
     settings = runpy.run_path(str(tmp_path / "main.py"))["settings"]
     assert (settings.REDIS_USERNAME, settings.REDIS_HOST) == ("Zoë", "here")
+    assert "swordfish" not in str(settings)
     assert (settings.REDIS_PORT, settings.PREDICTION_ATTEMPTS) == (6379, 3)
     assert (settings.PREDICTION_LATENCY, settings.PREDICTION_TIMEOUT) == (2, 10)
     assert settings.PREDICTION_TTL == 24 * 60 * 60
 
 
 BAD_SETTINGS = """
-    REDIS_HOST= REDIS_PORT=0 REDIS_PORT=65536 REDIS_PORT=six REDIS_TLS=perhaps
-    PREDICTION_LATENCY=-1 PREDICTION_LATENCY=nan PREDICTION_LATENCY=inf
-    PREDICTION_TIMEOUT=0 PREDICTION_TIMEOUT=nan PREDICTION_TIMEOUT=inf PREDICTION_TIMEOUT=
-    PREDICTION_ATTEMPTS=0 PREDICTION_ATTEMPTS=1.5
-    PREDICTION_TTL=0 PREDICTION_TTL=1.5 PREDICTION_TTL=1e99
+    REDIS_HOST= REDIS_PORT=0 REDIS_PORT=65536 REDIS_TLS=perhaps
+    PREDICTION_LATENCY=-1 PREDICTION_LATENCY=inf PREDICTION_TIMEOUT=0 PREDICTION_TIMEOUT=inf
+    PREDICTION_ATTEMPTS=0 PREDICTION_ATTEMPTS=1.5 PREDICTION_TTL=0 PREDICTION_TTL=9999999999
 """
 
 
 @pytest.mark.parametrize("setting", BAD_SETTINGS.split())
 def test_bad_setting_stops_the_start_and_is_named(monkeypatch, setting):
     name, value = setting.split("=")
-    monkeypatch.setenv("REDIS_PASSWORD", "swordfish")
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=name) as error:
+    with pytest.raises(ValueError, match=name):
         runpy.run_path(str(HERE / "main.py"))
-    assert "swordfish" not in str(error.value)
 
 
 def test_lowest_settings_are_accepted():
@@ -604,7 +515,8 @@ def test_walkthrough_survives_interruptions_and_stops_what_it_has_started(walk):
     reply = next(reply for reply in replies if "execution_count" in reply)
     assert reply["status"] == "ok", reply
     walk.shutdown()
-    wait_until(lambda: not answers(WALK_URL))
+    with pytest.raises(requests.ConnectionError):
+        wait_until(lambda: not requests.get(WALK_URL, timeout=LONG))  # so nothing answers at last
 
 
 def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
@@ -621,7 +533,7 @@ def test_walkthrough_says_what_is_at_the_address_instead(server, api_on, monkeyp
     monkeypatch.setenv("API_URL", f"{server}/docs")
     with pytest.raises(AssertionError, match="Stop the other server"):
         run_cell("find", {})
-    monkeypatch.setenv("API_URL", api_on(REDIS_HOST="127.0.0.1", REDIS_PORT=free_port()))
+    monkeypatch.setenv("API_URL", api_on(REDIS_HOST="127.0.0.1", REDIS_PORT=NO_REDIS))
     with pytest.raises(AssertionError, match="Start Redis"):
         run_cell("find", {})
 
@@ -633,9 +545,9 @@ def predict(api, text="Some input data", **headers):
     return requests.post(f"{api}/predict", json={"input": text}, headers=headers, timeout=LONG)
 
 
-def accept(api, text="Some input data"):
+def accept(api):
     """Have a prediction accepted, to be made in the background; return its path."""
-    response = predict(api, text, async_mode="true")
+    response = predict(api, async_mode="true")
     assert response.status_code == 202
     return response.headers["Location"]
 
@@ -648,24 +560,11 @@ def poll(api, path):
     return response.json()
 
 
-def completed(api, paths):
-    """Poll all until they are ready; return the inputs of those that were completed."""
-    with ThreadPoolExecutor(len(paths)) as pool:
-        outputs = [prediction["output"] for prediction in pool.map(partial(poll, api), paths)]
-    return [output["input"] for output in outputs if output["status"] == "completed"]
-
-
 def wait_until(condition):
     deadline = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < deadline, f"not within {LONG} s"
         time.sleep(0.02)
-
-
-def answers(url):
-    """Return True if a server answers there."""
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.get(url, timeout=LONG) is not None
 
 
 def at_once(number, function, *args):
@@ -685,8 +584,11 @@ def key_of(path, suffix=""):
     return path.replace("/predict/", "prediction:") + suffix
 
 
-def environment(**settings):
-    return dict(os.environ, **{name: str(value) for name, value in settings.items()})
+def late_poll(path):
+    """Go on from where a poll has seen no lease; return the background tasks that it would add."""
+    tasks = main.BackgroundTasks()
+    on_server(main.add_next_attempt(main.app.state.redis, key_of(path), tasks))
+    return tasks.tasks
 
 
 def free_port():
@@ -698,7 +600,29 @@ def free_port():
             return port
 
 
-# --- What the tests are made of: stores -------------------------------------------------------
+# --- What the tests are made of: processes, stores, models ------------------------------------
+
+
+class Process(subprocess.Popen):
+    """A program that logs to a file, and has started when it has logged that it is ready."""
+
+    def __init__(self, command, ready, folder, **settings):
+        self.log = folder / f"{uuid.uuid4()}.log"
+        env = dict(os.environ, **settings)
+        with self.log.open("w") as log:
+            super().__init__(command, cwd=str(folder), env=env, stdout=log, stderr=log)
+        wait_until(lambda: ready in self.log.read_text() or self.poll() is not None)
+        assert self.poll() is None, self.log.read_text()
+
+    def kill(self):
+        super().kill()
+        self.wait()
+
+    def stop(self):
+        """Tell it to stop, wait until it has, and return its log."""
+        self.terminate()
+        assert self.wait(LONG) in (0, -signal.SIGTERM)
+        return self.log.read_text()
 
 
 class Store(redis.Redis):
@@ -711,9 +635,6 @@ class Store(redis.Redis):
     def record(self, path):
         return json.loads(self.get(key_of(path)))
 
-    def contents(self):
-        return {key: self.get(key) for key in self.keys()}
-
     def leave_orphan(self, attempt=1):
         """Leave what a killed worker leaves, after its lease has run out; return the path."""
         path = f"/predict/{uuid.uuid4()}"
@@ -722,44 +643,27 @@ class Store(redis.Redis):
         return path
 
 
-class RedisServer(Store):
-    """A real Redis, which keeps what it holds in a folder, and its client."""
+@pytest.fixture
+def redis_server(tmp_path):
+    """A real Redis of its own, empty, which the test may kill and start again."""
 
-    def __init__(self, folder):
-        super().__init__(free_port())
-        self.folder = folder
-        self.start()
-
-    def start(self, *options):
+    def start(*options):
         # No fsync, since the default may put off a write that a kill then loses.
-        command = f"redis-server --port {self.port} --appendonly yes --appendfsync no".split()
-        self.process = subprocess.Popen([*command, *options], cwd=str(self.folder), stdout=PIPE)
-        assert any(b"Ready to accept" in line for line in self.process.stdout), "not started"
+        command = f"redis-server --port {store.port} --appendonly yes --appendfsync no".split()
+        store.process = Process([*command, *options], "Ready to accept", tmp_path)
 
-    def kill(self):
-        with self.process:  # and wait
-            self.process.kill()
-
-    def __exit__(self, *error):
-        self.kill()
-        self.close()
+    if not shutil.which("redis-server"):
+        pytest.skip("no redis-server program on this machine")
+    with Store(free_port()) as store:
+        store.start = start
+        store.start()
+        yield store
+        store.process.kill()
 
 
 @pytest.fixture
-def redis_server(tmp_path):
-    """A real Redis of its own, empty, which the test may kill."""
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server program on this machine")
-    with RedisServer(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture(params=["fakeredis", "redis-server"])
-def store(request, monkeypatch):
-    """An empty store that outlives its workers; the API in the thread embeds the fakeredis."""
-    if request.param == "redis-server":
-        yield request.getfixturevalue("redis_server")
-        return
+def fake_redis(monkeypatch):
+    """A fakeredis, empty, which the API in the thread embeds, and others connect to."""
     with fakeredis.TcpFakeServer(("127.0.0.1", 0)) as server:
         server.daemon_threads = True  # its threads do not all notice that a client is gone
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -767,6 +671,12 @@ def store(request, monkeypatch):
         monkeypatch.setattr(main, "FakeAsyncRedis", embedded)
         yield Store(server.server_address[1])
         server.shutdown()
+
+
+@pytest.fixture(params=["fake_redis", "redis_server"])
+def store(request):
+    """An empty store that outlives its workers."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -780,8 +690,6 @@ def certificate(tmp_path):
     subprocess.run([*command, "-keyout", path, "-out", path], check=True, stderr=subprocess.DEVNULL)
     return path
 
-
-# --- What the tests are made of: APIs and models ----------------------------------------------
 
 SERVER = uvicorn.Server(  # api_on() does what the lifespan would do
     uvicorn.Config(main.app, port=0, lifespan="off", ws="none", log_config=None, access_log=False)
@@ -820,50 +728,30 @@ def api_on(server, monkeypatch):
 
     yield on
     wait_for_attempts()
-    if hasattr(main.app.state, "redis"):  # unless the test failed before it connected
-        on_server(main.app.state.redis.aclose())
+    on_server(main.app.state.redis.aclose())
 
 
 @pytest.fixture
 def api(store, api_on):
     """The URL of a live API on the store; a test can change main.settings and the model."""
-    embedded = not isinstance(store, RedisServer)  # in the API, if nothing answers at its address
-    settings = {"REDIS_PORT": free_port()} if embedded else store.settings
+    # It embeds the fakeredis if nothing answers at its address.
+    settings = store.settings if hasattr(store, "process") else {"REDIS_PORT": NO_REDIS}
     return api_on(**settings, PREDICTION_LATENCY=0.05)
 
 
 @pytest.fixture
 def models(monkeypatch):
-    """A list of the results that models are at work on, until a test sets them."""
+    """A queue of the results that models are at work on, until a test sets them."""
 
     async def model(text):
-        models.append(Future())
-        models[-1].input = text
-        return await asyncio.wrap_future(models[-1])
+        result = Future()
+        result.input = text
+        models.put(result)
+        return await asyncio.wrap_future(result)
 
-    models = []
+    models = queue.Queue()
     monkeypatch.setattr(main, "mock_model", model)
     return models
-
-
-class Worker(subprocess.Popen):
-    """An API process, which can be killed."""
-
-    def __init__(self, folder, *options, **settings):
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "uvicorn", "main:app", f"--port={port}", *options]
-        own = {"cwd": str(folder), "env": environment(**settings), "stdout": PIPE, "text": True}
-        super().__init__(command, stderr=subprocess.STDOUT, **own)
-        wait_until(lambda: answers(self.url) or self.poll() is not None)
-        assert self.poll() is None, self.stdout.read()
-
-    def stop(self):
-        """Tell it to stop, wait until it has, and return its log."""
-        self.terminate()
-        log, _ = self.communicate(timeout=LONG)
-        assert self.returncode in (0, -signal.SIGTERM), log
-        return log
 
 
 @pytest.fixture(scope="session")
@@ -875,22 +763,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def start_worker(folder):
+def start_worker(folder, request):
     """Start an API process: start_worker("--an-option-of-uvicorn", A_SETTING=its_value)."""
-    with contextlib.ExitStack() as stack:
 
-        def start(*options, **settings):
-            worker = stack.enter_context(Worker(folder, *options, **settings))
-            stack.callback(worker.kill)
-            return worker
+    def start(*options, **settings):
+        command = [sys.executable, "-m", "uvicorn", "main:app", "--port=0", *options]
+        settings = {name: str(value) for name, value in settings.items()}
+        worker = Process(command, "Uvicorn running on", folder, **settings)
+        worker.url = re.findall("http://[0-9.:]+", worker.log.read_text())[-1]
+        request.addfinalizer(worker.kill)
+        return worker
 
-        yield start
+    return start
 
 
 # --- What the tests are made of: the walkthrough ----------------------------------------------
 
+NOTEBOOK = json.loads((HERE / "walkthrough.ipynb").read_text(encoding="utf-8"))
+CELLS = {c["id"]: "".join(c["source"]) for c in NOTEBOOK["cells"] if c["cell_type"] == "code"}
 WALK = r"""
-import gc, os, pytest, re, requests, signal, threading, time
+import os, pytest, re, requests, signal, threading, time
 from IPython import get_ipython
 from IPython.utils.capture import capture_output
 
@@ -905,6 +797,8 @@ with capture_output() as shown:
                 run(id_)
         if id_ == "lease":
             time.sleep(2)  # longer than the second lease has left
+        if id_ == "end":
+            run("prepare")  # again, which does not make it forget what to stop
         run(id_)
 assert re.search("attempt.*lease.* 202\n.* 200\n.*2nd worker", shown.stdout, re.DOTALL)
 with pytest.raises(requests.ConnectionError):  # the walkthrough has stopped what it had started
@@ -913,33 +807,24 @@ for id_ in list(CELLS)[1:]:  # and forgotten it, so a cell says what to run firs
     if "assert " in CELLS[id_]:
         with pytest.raises(AssertionError, match="Run the cells above"):
             run(id_)
-gc.disable()
 for id_ in 2 * list(CELLS)[: list(CELLS).index("lost")]:
     run(id_)
-gc.collect()  # nothing that still runs is garbage
-time.sleep(0.2)
 requests.get(os.environ["API_URL"])
 """
 WALK_URL = f"http://127.0.0.1:{free_port()}"
 
 
-def code_cells():
-    """Return the sources of the notebook's code cells by their ids."""
-    notebook = nbformat.read(str(HERE / "walkthrough.ipynb"), as_version=4)
-    return {cell["id"]: cell.source for cell in notebook.cells if cell.cell_type == "code"}
-
-
 def run_cell(id_, namespace):
     """Run what of a cell is Python, without the commands of IPython."""
-    exec(re.sub("(?m)^%.*", "", code_cells()[id_]), namespace)
+    exec(re.sub("(?m)^%.*", "", CELLS[id_]), namespace)
 
 
 @pytest.fixture(scope="session")
 def walk(folder):
     """A kernel in which a difficult reader takes the walkthrough; it replies when that is done."""
-    settings = environment(API_URL=WALK_URL, PREDICTION_LATENCY=0.1)
+    settings = dict(os.environ, API_URL=WALK_URL, PREDICTION_LATENCY="0.1")
     with jupyter_client.run_kernel(cwd=str(folder), env=settings) as kernel:
-        kernel.execute(f"exec({WALK!r}, {{'CELLS': {code_cells()!r}}})")  # in names of its own
+        kernel.execute(f"exec({WALK!r}, {{'CELLS': {CELLS!r}}})")  # in names of its own
         yield kernel
 
 

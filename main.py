@@ -191,8 +191,9 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it: take its lease, which is free since the id is new, and store its record, both in
-    # one round trip (see BatchingRedis). A RedisError here makes answer_unavailable send 503.
+    # Accept it, whoever will wait for it: take its lease, which is free since the id is new, and
+    # store its record, both in one round trip (see BatchingRedis). A RedisError here makes
+    # answer_unavailable send 503, before the model has run.
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
         lease.acquire(),
@@ -202,8 +203,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. Nobody knows the id yet, and so nobody will want
-    # the lease: it is left to expire.
+    # The attempt goes on if the client hangs up. Its lease is left to expire, since nobody can poll
+    # before the id is known.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -237,8 +238,8 @@ def new_lease(redis: Redis, key: str) -> Lock:
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
     release() deletes the key if it still has that name. Only an attempt that is cut short does
-    that; else the lease expires, a second after the attempt has to end, when the output is usually
-    stored. (If a worker is frozen for longer, two attempts can be under way. The first output
+    that: once there is an output, nobody looks at the lease. It expires a second after the attempt
+    has to end. (If a worker is frozen until then, two attempts can be under way. The first output
     counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
@@ -314,7 +315,7 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
         return
     record.attempt += 1
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
-    # frozen here for longer than the lease lasts, another worker makes the attempt of this number.)
+    # frozen here until its lease expires, another one makes an attempt of the same number.)
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     tasks.add_task(in_background, redis, key, record.input, lease)
 
@@ -325,7 +326,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
     try:
         # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # after a freeze, the result may come just after the time-out
+        if not task.done():  # if this process was frozen, the result may come just now
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # it is still not done
@@ -339,7 +340,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
     """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # raises CancelledError if the model has cancelled this task
+        await asyncio.sleep(0)  # if the model has cancelled this task, that is raised here
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker
@@ -444,7 +445,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # over 3, the newer one, redis-py 8 may not notice that a connection is closed
+        protocol=2,  # with version 3, redis-py 8 may not notice that a connection was closed
         # Seconds. A batch fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis
         # is frozen (then it may connect, but gets no reply). A command waits for two batches at
         # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.

@@ -1,12 +1,14 @@
-"""Every promise of the API, kept to a client that talks HTTP to a live server.
+"""Tests of all that the API promises, by requests to a live server.
 
-First the promises, as stories; then the contract, the edges, the settings and the walkthrough. What
-the tests are made of comes last. (What the documents say is checked in .ci/run.)
+First come the promises that this example is about, as stories; then the other answers of the API,
+the edge cases, the settings and the walkthrough; and last the helpers and fixtures. (What the
+documents say is checked in .ci/run.)
 
-`api` is the URL of a server in a thread of this process, where a test can change the settings and
-the model. `start_worker` starts one as a process, which can be killed. Both keep predictions in
-`store`: once in fakeredis, and once more in a real Redis that the tests start themselves. Some need
-the real one, `redis_server`. Where there is no such program, they are skipped.
+`api` is the URL of a server in a thread of this process, so that a test can change its settings and
+its model. `start_worker` starts another server as a process, which can be killed. A test with
+`store` runs twice, with fakeredis and with a real Redis that the tests start themselves. A test
+with `redis_server` needs the real one. Where there is no redis-server program, what needs it is
+skipped.
 """
 
 import asyncio
@@ -40,11 +42,11 @@ import main
 
 HERE = Path(__file__).parent
 JSON = "application/json"
-LONG = 20  # seconds that no wait in these tests should ever take
+LONG = 20  # seconds; longer than anything should take
 NO_REDIS = 1  # a port at which nothing answers
 
-for setting in main.Settings.model_fields:  # the settings of whoever runs the tests
-    os.environ.pop(setting, None)
+for setting in main.Settings.model_fields:
+    os.environ.pop(setting, None)  # those of whoever runs the tests
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # so that the walkthrough's kernel is of this Python
 
 # --- The promises -----------------------------------------------------------------------------
@@ -58,28 +60,28 @@ def test_killed_worker_loses_nothing(start_worker, api, store):
 
 
 def test_prediction_that_kills_its_workers_is_failed(start_worker, api, store, models, caplog):
-    path = store.leave_orphan(attempt=2)  # by two workers that were killed
+    path = store.leave_orphan(attempt=2)  # two workers have been killed
     third = start_worker(**store.settings, PREDICTION_LATENCY=LONG)
-    assert requests.get(third.url + path).status_code == 202  # and the poll starts it again
+    assert requests.get(third.url + path).status_code == 202  # this poll starts another attempt
     wait_until(lambda: store.record(path)["attempt"] == 3)
     third.kill()
     store.delete(key_of(path, ":lease"))
     assert poll(api, path)["output"] == {"status": "failed", "input": "orphan", "result": None}
-    assert models.empty()  # the fourth has not tried
+    assert models.empty()  # the model has not run a fourth time
     assert f"{key_of(path)} has used up its attempts" in caplog.messages
 
 
 def test_first_output_is_final_when_two_attempts_race(api, store, models):
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(predict, api)
-        slow = models.get(timeout=LONG)
-        path = "/predict/" + store.keys("*:lease")[0].split(":")[1]
-        store.delete(key_of(path, ":lease"))
-        assert requests.get(api + path).status_code == 202  # and the poll starts another attempt
-        models.get(timeout=LONG).set_result("The second attempt's")
-        first = poll(api, path)
-        slow.set_result("The first attempt's")
-        assert waiting.result().json() == requests.get(api + path).json() == first
+    waiting = ThreadPoolExecutor(1).submit(predict, api)
+    slow = models.get(timeout=LONG)
+    path = "/predict/" + store.keys("*:lease")[0].split(":")[1]
+    store.delete(key_of(path, ":lease"))
+    assert requests.get(api + path).status_code == 202  # this poll starts another attempt
+    models.get(timeout=LONG).set_result("The second attempt's")
+    first = poll(api, path)
+    slow.set_result("The first attempt's")
+    assert waiting.result(LONG).json() == requests.get(api + path).json() == first
+    assert first["output"]["result"] == "The second attempt's"
 
 
 def test_worker_told_to_stop_finishes_first(start_worker, api, store):
@@ -94,12 +96,12 @@ def test_worker_cut_short_hands_its_predictions_back(start_worker, redis_server)
     grace = "--timeout-graceful-shutdown=1"
     hasty = start_worker(grace, **redis_server.settings, PREDICTION_LATENCY=LONG)
     paths = [accept(hasty.url), redis_server.leave_orphan(), accept(hasty.url)]
-    assert requests.get(hasty.url + paths[1]).status_code == 202  # and the poll starts it again
+    assert requests.get(hasty.url + paths[1]).status_code == 202  # this poll starts an attempt
     redis_server.set(key_of(paths[2], ":lease"), "another worker")
-    redis_server.client_pause(1400)  # until after all three are cut short
+    redis_server.client_pause(1400)  # milliseconds; all three are cut short after 1000
     log = hasty.stop()
-    assert redis_server.keys("*:lease") == [key_of(paths[2], ":lease")]  # the others are free
-    assert log.count("Exception in ASGI application") >= 3  # they end as cancelled
+    assert redis_server.keys("*:lease") == [key_of(paths[2], ":lease")]  # its own are released
+    assert log.count("Exception in ASGI application") >= 3  # uvicorn logs what was cancelled
     assert "redis.exceptions" not in log
 
 
@@ -110,7 +112,7 @@ def test_redis_killed_and_back_loses_nothing(redis_server, api_on, caplog):
     assert_503_within(2, requests.get, api + path)
     assert_503_within(2, predict, api)
     assert requests.get(api).status_code == 200
-    wait_until(lambda: "an attempt is lost" in caplog.text)  # to be made again
+    wait_until(lambda: "an attempt is lost" in caplog.text)  # its output cannot be stored
     redis_server.start()
     assert poll(api, path)["status"] == "completed"
 
@@ -124,25 +126,24 @@ def test_frozen_redis_is_503_within_5_s(redis_server, api_on):
 
 
 def test_failover_is_followed(redis_server, fake_redis, api_on, monkeypatch):
-    def connect_to_new(**options):  # as if the name of the machine led there now
-        return open_connection(**dict(options, port=fake_redis.port))
+    def connect_to_new(connect=asyncio.open_connection, **options):  # as if REDIS_HOST led there
+        return connect(**dict(options, port=fake_redis.port))
 
-    open_connection = asyncio.open_connection
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=0)
-    path = fake_redis.leave_orphan()  # accepted before, and copied by then
-    redis_server.replicaof("127.0.0.1", fake_redis.port)  # so it refuses writes
+    path = fake_redis.leave_orphan()  # accepted before the failover, and replicated
+    redis_server.replicaof("127.0.0.1", fake_redis.port)  # so the old Redis refuses writes
     monkeypatch.setattr(asyncio, "open_connection", connect_to_new)
     assert_503_within(2, predict, api)
     assert predict(api).status_code == 200
     assert poll(api, path)["status"] == "completed"
 
 
-def test_burst_is_served_at_once_over_few_connections(redis_server, api_on):
+def test_burst_is_served_side_by_side_over_few_connections(redis_server, api_on):
     api = api_on(**redis_server.settings, PREDICTION_LATENCY=1)
-    redis_server.client_pause(500)  # so that all but the first wait for their turn
+    redis_server.client_pause(500)  # milliseconds, in which commands pile up
     start = time.monotonic()
     assert {response.status_code for response in at_once(200, predict, api)} == {200}
-    assert time.monotonic() - start < 10  # the models have run side by side
+    assert time.monotonic() - start < 10  # not 200 s
     assert redis_server.info("stats")["total_connections_received"] < 5
 
 
@@ -155,7 +156,7 @@ def test_without_redis_the_api_says_so_and_does_its_job(start_worker):
     assert "Traceback" not in log
 
 
-# --- The contract -----------------------------------------------------------------------------
+# --- What clients can see ---------------------------------------------------------------------
 
 
 def test_greeting_and_no_icon(api):

@@ -120,11 +120,9 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    generate_unique_id_function=lambda route: route.name,  # names for generated clients
+    generate_unique_id_function=lambda route: route.name,  # for code generated from /openapi.json
 )
-# FastAPI 0.164 and later, which need Python 3.11, send 413 for a body of more bytes. Older ones
-# have no limit.
-app.router.max_body_size = 1_000_000
+app.router.max_body_size = 1_000_000  # bytes; more is 413, from FastAPI 0.164 (Python 3.11) on
 
 
 @app.get("/")
@@ -203,8 +201,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. Its lease is left to expire, since nobody can poll
-    # before the id is known.
+    # The attempt goes on if the client hangs up. If it is cut short, its lease is not released, as
+    # in_background would do: nobody can poll before the id is known.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -226,7 +224,7 @@ async def read_prediction(
     if not record:
         raise HTTPException(404, "Prediction not found.")
     if not lease:  # the worker was killed, say
-        await add_next_attempt(redis, key, tasks)
+        await add_next_attempt(redis, key, tasks)  # or store "failed", which the next GET reads
     return JSONResponse({"detail": "Prediction is still processing."}, 202, {"Retry-After": "1"})
 
 
@@ -239,8 +237,8 @@ def new_lease(redis: Redis, key: str) -> Lock:
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
     release() deletes the key if it still has that name. Only an attempt that is cut short does
     that: once there is an output, nobody looks at the lease. It expires a second after the attempt
-    has to end. (If a worker is frozen until then, two attempts can be under way. The first output
-    counts.)
+    has to end. (If the worker or Redis is frozen until then, two attempts can be under way. The
+    first output counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -291,10 +289,10 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (Now
-        # clients that wait get 500.) Without a lease, the next GET starts another attempt at once.
-        # release() raises RedisError if the lease has expired, and always with fakeredis, which
-        # does not support it (but forgets everything anyway).
+        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
+        # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
+        # once. release() raises RedisError if the lease has expired, and always with fakeredis,
+        # which does not support it (but forgets everything anyway).
         with suppress(RedisError):
             await lease.release()
         raise
@@ -451,7 +449,7 @@ async def connect() -> Redis:
         # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
-        retry=None,  # no; the default of redis-py 8 is ten times
+        retry=None,  # by default, redis-py 8 retries ten times
     )
     try:
         await redis.ping()

@@ -189,9 +189,9 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it, whoever will wait for it: take its lease, which is free since the id is new, and
-    # store its record, both in one round trip (see BatchingRedis). A RedisError here makes
-    # answer_unavailable send 503, before the model has run.
+    # Accept it, in either mode: take its lease, which is free since the id is new, and store its
+    # record, both in one round trip (see BatchingRedis). A RedisError here makes answer_unavailable
+    # send 503, before the model has run.
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
         lease.acquire(),
@@ -338,7 +338,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
     """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # if the model has cancelled this task, that is raised here
+        await asyncio.sleep(0)  # raises CancelledError here if the model has cancelled this task
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker

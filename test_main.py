@@ -527,6 +527,7 @@ def test_walkthrough_does_not_stop_what_it_has_found(api, monkeypatch):
     for id_ in ("find", "prepare", "start-api", "start", "end"):
         run_cell(id_, namespace)
     namespace["folder"].cleanup()
+    assert namespace["started"] == {}
     assert requests.get(api).status_code == 200
 
 
@@ -804,6 +805,7 @@ with capture_output() as shown:
 assert re.search("attempt.*lease.* 202\n.* 200\n.*2nd worker", shown.stdout, re.DOTALL)
 with pytest.raises(requests.ConnectionError):  # the walkthrough has stopped what it had started
     requests.get(os.environ["API_URL"])
+run("end")  # again, when there is nothing left to stop
 for id_ in list(CELLS)[1:]:  # and forgotten it, so a cell says what to run first
     if "assert " in CELLS[id_]:
         with pytest.raises(AssertionError, match="Run the cells above"):

@@ -79,7 +79,7 @@ class Status(str, Enum):
 
 
 class Record(BaseModel):
-    status: str = "processing"  # for people who look into Redis
+    status: str = "processing"  # and stays so; the final status is the output's
     input: str
     attempt: int
 
@@ -122,7 +122,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # for code generated from /openapi.json
 )
-app.router.max_body_size = 1_000_000  # bytes; more is 413, from FastAPI 0.164 (Python 3.11) on
+app.router.max_body_size = 1_000_000  # bytes; more is 413. FastAPI before 0.164 has no limit.
 
 
 @app.get("/")
@@ -189,9 +189,9 @@ async def create_prediction(
     """Make a prediction. Wait for it, or send `async_mode: true` and poll `Location` for it."""
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
-    # Accept it, in either mode: take its lease, which is free since the id is new, and store its
-    # record, both in one round trip (see BatchingRedis). A RedisError here makes answer_unavailable
-    # send 503, before the model has run.
+    # Accept it, in the same way for both modes: take its lease, which is free since the id is new,
+    # and store its record, both in one round trip (see BatchingRedis). A RedisError here makes
+    # answer_unavailable send 503, before the model has run.
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
         lease.acquire(),
@@ -201,8 +201,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. If it is cut short, its lease is not released, as
-    # in_background would do: nobody can poll before the id is known.
+    # The attempt goes on if the client hangs up. If uvicorn cuts it short, its lease is left to
+    # expire, since nobody can poll without the id.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -235,10 +235,10 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did.
-    release() deletes the key if it still has that name. Only an attempt that is cut short does
-    that: once there is an output, nobody looks at the lease. It expires a second after the attempt
-    has to end. (If the worker or Redis is frozen until then, two attempts can be under way. The
-    first output counts.)
+    release() deletes the key if it still has that name. Only an attempt that uvicorn cuts short
+    does that: once there is an output, nobody looks at the lease. It lasts for as long as the model
+    may take, and a second more, to store the output. (If that takes longer, or the worker is
+    frozen, two attempts can be under way. The first output counts.)
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -313,7 +313,7 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
         return
     record.attempt += 1
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
-    # frozen here until its lease expires, another one makes an attempt of the same number.)
+    # frozen here for longer than its lease lasts, there can be an attempt too many.)
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     tasks.add_task(in_background, redis, key, record.input, lease)
 
@@ -322,12 +322,13 @@ async def run_model(key: str, text: str) -> Optional[str]:
     """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Not wait_for(), which goes on waiting if the model ignores cancellation.
+        # Not wait_for(), which goes on waiting if the model ignores cancellation. If this process
+        # was frozen, the time-out and the result are due at once. Then let the result come, too.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
-        if not task.done():  # if this process was frozen, the result may come just now
+        if not task.done():
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
-    except asyncio.InvalidStateError:  # it is still not done
+    except asyncio.InvalidStateError:  # raised by result(), since the task is not done
         logger.exception("%s: the model took too long", key)
         return None
     finally:
@@ -338,7 +339,8 @@ async def call_model(key: str, text: str) -> Optional[str]:
     """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
     try:
         result = await mock_model(text)
-        await asyncio.sleep(0)  # raises CancelledError here if the model has cancelled this task
+        # Raises CancelledError if the model has cancelled this task. Otherwise, task.result() would.
+        await asyncio.sleep(0)
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
     except BaseException:  # also SystemExit, which would end this worker
@@ -367,8 +369,8 @@ class BatchingRedis(Redis):
     collect for the next batch, which is sent when the first is done, and so on.
 
     A plain Redis can take its place, but needed 1.5 times the processor time. And no pool of 8, 32
-    or 100 connections passed two tests: to serve 2,000 requests at once, and to answer as many
-    within 5 s while Redis was frozen.
+    or 100 connections passed both these tests: to serve 2,000 requests at once, and to answer as
+    many within 5 s while Redis was frozen.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -449,7 +451,7 @@ async def connect() -> Redis:
         # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
-        retry=None,  # by default, redis-py 8 retries ten times
+        retry=None,  # no retries; by default, redis-py 8 makes ten
     )
     try:
         await redis.ping()

@@ -339,7 +339,7 @@ async def call_model(key: str, text: str) -> Optional[str]:
     """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
     try:
         result = await mock_model(text)
-        # Raises CancelledError if the model has cancelled this task. Otherwise, task.result() would.
+        # If the model has cancelled this task, that is raised here, and not by task.result().
         await asyncio.sleep(0)
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result

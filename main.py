@@ -190,8 +190,8 @@ async def create_prediction(
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
     # Accept it, in the same way for both modes: take its lease, which is free since the id is new,
-    # and store its record, both in one round trip (see BatchingRedis). A RedisError here makes
-    # answer_unavailable send 503, before the model has run.
+    # and store its record. Commands that are awaited together share a round trip (see
+    # BatchingRedis). A RedisError, here or below, makes answer_unavailable send 503.
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
         lease.acquire(),
@@ -201,8 +201,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. If uvicorn cuts it short, its lease is left to
-    # expire, since nobody can poll without the id.
+    # The attempt goes on if the client hangs up. If uvicorn cuts it short, the client gets 500, and
+    # the lease is left to expire, since nobody can poll without the id.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -234,11 +234,12 @@ async def read_prediction(
 def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
-    acquire() sets the key to a unique name unless the key exists, and returns whether it did.
+    acquire() sets the key to a unique name unless the key exists, and returns whether it did. The
+    lease lasts for as long as the model may take, and a second more, to store the output. (If that
+    takes longer, or the worker is frozen, two attempts can be under way. The first output counts.)
+
     release() deletes the key if it still has that name. Only an attempt that uvicorn cuts short
-    does that: once there is an output, nobody looks at the lease. It lasts for as long as the model
-    may take, and a second more, to store the output. (If that takes longer, or the worker is
-    frozen, two attempts can be under way. The first output counts.)
+    needs that: once there is an output, nobody looks at the lease.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -289,10 +290,10 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:
-        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out. (It
-        # sends 500 to clients that wait.) Without a lease, the next GET starts another attempt at
-        # once. release() raises RedisError if the lease has expired, and always with fakeredis,
-        # which does not support it (but forgets everything anyway).
+        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out.
+        # Without a lease, the next GET starts another attempt at once. release() raises RedisError
+        # if the lease has expired, and always with fakeredis, which does not support it (but
+        # forgets everything anyway).
         with suppress(RedisError):
             await lease.release()
         raise
@@ -322,10 +323,10 @@ async def run_model(key: str, text: str) -> Optional[str]:
     """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Not wait_for(), which goes on waiting if the model ignores cancellation. If this process
-        # was frozen, the time-out and the result are due at once. Then let the result come, too.
+        # Not wait_for(), which goes on waiting if the model ignores cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
+            # If this process was frozen, the result may be due as well. Give it time to arrive.
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # raised by result(), since the task is not done
@@ -377,7 +378,8 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # redis-py's Pipeline collects commands, sends them at once, and then reads all replies.
+        # redis-py's Pipeline collects commands, sends them at once, and then reads all replies. (It
+        # does so by itself, not through execute_command.)
         self.next_batch = self.pipeline(transaction=False)
         self.futures: List[Any] = []  # for the replies to the next batch, one for each command
         self.sending: Any = None  # the task that sends the batch under way, if any
@@ -445,7 +447,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with version 3, redis-py 8 may not notice that a connection was closed
+        protocol=2,  # of Redis; with its version 3, redis-py 8 may not notice a closed connection
         # Seconds. A batch fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis
         # is frozen (then it may connect, but gets no reply). A command waits for two batches at
         # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.

@@ -6,9 +6,9 @@ documents say is checked in .ci/run.)
 
 `api` is the URL of a server in a thread of this process, so that a test can change its settings and
 its model. `start_worker` starts another server as a process, which can be killed. A test with
-`store` runs twice, with fakeredis and with a real Redis that the tests start themselves. A test
-with `redis_server` needs the real one. Where there is no redis-server program, what needs it is
-skipped.
+`api` or `store` runs twice, with fakeredis and with a real Redis that the tests start themselves. A
+test with `redis_server` needs the real one. Where there is no redis-server program, what needs it
+is skipped.
 """
 
 import asyncio
@@ -175,6 +175,7 @@ def test_synchronous_prediction_is_completed_and_kept_exactly(api):
     prediction = {"prediction_id": prediction_id, "status": "completed", "output": output}
     assert (response.status_code, response.json()) == (200, prediction)
     assert poll(api, f"/predict/{prediction_id}") == prediction
+    assert predict(api, "").json()["output"]["input"] == ""
 
 
 def test_asynchronous_prediction_is_accepted_then_processing_then_completed(api, store, models):
@@ -279,6 +280,7 @@ MISBEHAVING_MODELS = {
     "cancels itself": "async def model(text): asyncio.current_task().cancel(); return text",
     "raises what cannot be printed": """async def model(text):
         raise SyntaxError(text, ("file", 1, "x", b"not text"))""",
+    "exits": "async def model(text): sys.exit(1)",
     "ignores its cancellation": """async def model(text):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -286,7 +288,8 @@ MISBEHAVING_MODELS = {
     "is a plain function": "def model(text): return text",
     "is a generator": "async def model(text): yield text",
     "returns nothing": "async def model(text): pass",
-    "returns no text": "async def model(text): return 42",
+    "returns what only looks like text": """async def model(text):
+        return type("Text", (), {"encode": print})()""",
     "returns half a character": r"async def model(text): return '\ud800'",
 }
 
@@ -468,6 +471,8 @@ def test_no_reply_is_mixed_up_among_errors_and_cancellations(redis_server, api_o
     assert replies[1::2] == [b"%d" % number for number in range(1, 2_000, 2)]
     on_server(main.app.state.redis.ping())  # over a new connection, since there were errors
     assert redis_server.info("stats")["total_connections_received"] == 4  # one of them is ours
+    with pytest.raises(redis.RedisError, match="Unicode"):  # raised before anything is sent
+        on_server(main.app.state.redis.echo("\ud800"))
 
 
 # --- Settings ---------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ imitates it in this process. A prediction has up to three keys:
     prediction:1b9d...:lease    77ab..., a unique name of an attempt
     prediction:1b9d...:output   {"status": "completed", "input": "Hi", "result": "..."}
 
-A worker (a process running this file) accepts a prediction by storing its record, and a lease that
-lasts a little longer than an attempt may take. Then it runs the model and stores the output, which
-is final: "failed" if the model raised or took too long.
+A worker (a process running this file; uvicorn's option --workers starts several) accepts a
+prediction by storing its record, and a lease that lasts a little longer than an attempt may take.
+Then it runs the model and stores the output, which is final: "failed" if the model raised or took
+too long.
 
 If the worker is killed, or cannot store the output, the lease expires and there is no output. Then
 the next GET, at any worker, starts another attempt (so the model may run more than once) or, when
@@ -79,7 +80,7 @@ class Status(str, Enum):
 
 
 class Record(BaseModel):
-    status: str = "processing"  # and stays so; the final status is the output's
+    status: str = "processing"  # always; for people who look into Redis
     input: str
     attempt: int
 
@@ -111,8 +112,10 @@ class Message(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.redis = await connect()
-    yield  # serve until Ctrl+C or SIGTERM, and finish requests and background tasks
-    await app.state.redis.aclose()  # also if uvicorn had to cancel some of them
+    # Serve until Ctrl+C or SIGTERM, and finish requests and background tasks. (With its option
+    # --timeout-graceful-shutdown, uvicorn cancels those that take longer.)
+    yield
+    await app.state.redis.aclose()
 
 
 app = FastAPI(
@@ -120,9 +123,10 @@ app = FastAPI(
     description="Predictions of a slow model: wait for one, or have it made in the background.",
     lifespan=lifespan,
     redirect_slashes=False,  # /predict/ is 404
-    generate_unique_id_function=lambda route: route.name,  # for code generated from /openapi.json
+    generate_unique_id_function=lambda route: route.name,  # function names in generated clients
 )
-app.router.max_body_size = 1_000_000  # bytes; more is 413. FastAPI before 0.164 has no limit.
+# More bytes in a body are 413. FastAPI before 0.164 has no limit, so Python before 3.11 has none.
+app.router.max_body_size = 1_000_000
 
 
 @app.get("/")
@@ -190,19 +194,18 @@ async def create_prediction(
     redis, prediction_id = app.state.redis, uuid4()
     key = f"prediction:{prediction_id}"
     # Accept it, in the same way for both modes: take its lease, which is free since the id is new,
-    # and store its record. Commands that are awaited together share a round trip (see
-    # BatchingRedis). A RedisError, here or below, makes answer_unavailable send 503.
+    # and store its record, for PREDICTION_TTL seconds. The two commands share a round trip (see
+    # BatchingRedis). If Redis fails, here or below, answer_unavailable sends 503.
     lease, record = new_lease(redis, key), Record(input=body.input, attempt=1)
     await asyncio.gather(
-        lease.acquire(),
-        redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL),  # ex: seconds
+        lease.acquire(), redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     )
     if async_mode or hyphenated:
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. If uvicorn cuts it short, the client gets 500, and
-    # the lease is left to expire, since nobody can poll without the id.
+    # The attempt goes on if the client hangs up. If uvicorn cancels it, the client gets uvicorn's
+    # own 500, and the lease is left to expire, since nobody can poll without the id.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -216,7 +219,7 @@ async def read_prediction(
 ) -> Union[Prediction, JSONResponse]:
     """Read a prediction: 200 if it is completed or failed, 202 if it is not ready yet."""
     redis, key = app.state.redis, f"prediction:{prediction_id}"
-    # The values of three keys at once, None for one that does not exist:
+    # Three values at once, None for a key that does not exist:
     record, lease, output_json = await redis.mget(key, f"{key}:lease", f"{key}:output")
     if output_json:
         output = Output.model_validate_json(output_json)
@@ -235,11 +238,11 @@ def new_lease(redis: Redis, key: str) -> Lock:
     """Return a lease that nobody has taken yet: redis-py's lock.
 
     acquire() sets the key to a unique name unless the key exists, and returns whether it did. The
-    lease lasts for as long as the model may take, and a second more, to store the output. (If that
+    key expires a second after the model has to be done, which is time to store the output. (If that
     takes longer, or the worker is frozen, two attempts can be under way. The first output counts.)
 
-    release() deletes the key if it still has that name. Only an attempt that uvicorn cuts short
-    needs that: once there is an output, nobody looks at the lease.
+    release() deletes the key if it still has that name. Only an attempt in the background that is
+    cancelled needs it: once there is an output, nobody looks at the lease.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -257,7 +260,7 @@ async def store_output(redis: Redis, key: str, text: str, result: Optional[str])
     status = Status.failed if result is None else Status.completed
     output = Output(status=status, input=text, result=result)
     output_json = output.model_dump_json()
-    # With nx=True, set() sets only a key that does not exist, and returns None otherwise. See
+    # With nx=True, set() returns None if the key exists, and leaves it as it is. See
     # https://redis.io/docs/latest/commands/set/
     if await redis.set(f"{key}:output", output_json, nx=True, ex=settings.PREDICTION_TTL):
         return output
@@ -284,16 +287,14 @@ async def mock_model(text: str) -> str:
 
 
 async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
-    """Make an attempt after the answer was sent, and give its lease back if it is cut short."""
+    """Make an attempt after the answer was sent."""
     try:
         await make_attempt(redis, key, text)
     except RedisError as error:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
-    except asyncio.CancelledError:
-        # uvicorn was told to stop, and its --timeout-graceful-shutdown, if set, has run out.
+    except asyncio.CancelledError:  # uvicorn stops, and waits no longer
         # Without a lease, the next GET starts another attempt at once. release() raises RedisError
-        # if the lease has expired, and always with fakeredis, which does not support it (but
-        # forgets everything anyway).
+        # if the lease has expired, and always with fakeredis, which cannot run its script.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -304,17 +305,18 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
     lease = new_lease(redis, key)
     if not await lease.acquire():
         return  # another worker was faster
+    # Look again: the earlier attempt may have stored its output by now.
     record_json, output_json = await redis.mget(key, f"{key}:output")
     if output_json or not record_json:
-        return  # it is finished by now, or expired
+        return  # it is finished or expired by now, so nobody needs the lease
     record = Record.model_validate_json(record_json)
     if record.attempt >= settings.PREDICTION_ATTEMPTS:
         logger.error("%s has used up its attempts", key)
         await store_output(redis, key, record.input, None)
         return
-    record.attempt += 1
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
-    # frozen here for longer than its lease lasts, there can be an attempt too many.)
+    # frozen here until the lease expires, there can be one attempt more.)
+    record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     tasks.add_task(in_background, redis, key, record.input, lease)
 
@@ -323,24 +325,25 @@ async def run_model(key: str, text: str) -> Optional[str]:
     """Return the model's result, or None if it fails or exceeds PREDICTION_TIMEOUT."""
     task = asyncio.create_task(call_model(key, text))
     try:
-        # Not wait_for(), which goes on waiting if the model ignores cancellation.
+        # Not wait_for(), which goes on waiting if the model ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # If this process was frozen, the result may be due as well. Give it time to arrive.
+            # After a freeze of this process, the result is overdue as well. Let it arrive.
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # raised by result(), since the task is not done
         logger.exception("%s: the model took too long", key)
         return None
     finally:
-        task.cancel()  # asks it to stop at its next turn, unless it is done
+        task.cancel()  # has no effect on a task that is done
 
 
 async def call_model(key: str, text: str) -> Optional[str]:
-    """Run the model, and catch all that it raises. This is a task, so that it can be abandoned."""
+    """Return the model's result, or None if it fails, whatever it raises."""
     try:
         result = await mock_model(text)
-        # If the model has cancelled this task, that is raised here, and not by task.result().
+        # If the model has cancelled this task, the next await raises CancelledError. Let it be this
+        # one, since in run_model it would look as if uvicorn had cancelled the request.
         await asyncio.sleep(0)
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
@@ -366,12 +369,11 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    The first command starts a task that sends the first batch. While that is under way, commands
-    collect for the next batch, which is sent when the first is done, and so on.
+    While one batch is under way, commands collect for the next.
 
-    A plain Redis can take its place, but needed 1.5 times the processor time. And no pool of 8, 32
-    or 100 connections passed both these tests: to serve 2,000 requests at once, and to answer as
-    many within 5 s while Redis was frozen.
+    A plain Redis, with a pool of connections, can take its place, but needed 1.5 times the
+    processor time. And no pool of 8, 32 or 100 passed both tests that this class passes: to serve
+    2,000 requests at once, and to answer 2,000 within 5 s while Redis is frozen.
 
     See https://redis.io/docs/latest/develop/using-commands/pipelining/
     """
@@ -379,13 +381,13 @@ class BatchingRedis(Redis):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         # redis-py's Pipeline collects commands, sends them at once, and then reads all replies. (It
-        # does so by itself, not through execute_command.)
+        # does not call execute_command for that, so nothing here calls itself.)
         self.next_batch = self.pipeline(transaction=False)
         self.futures: List[Any] = []  # for the replies to the next batch, one for each command
         self.sending: Any = None  # the task that sends the batch under way, if any
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Execute a command. redis-py's commands, such as set(), all call this."""
+        """Execute a command. All of redis-py's commands, such as set(), call this."""
         future = asyncio.get_running_loop().create_future()
         self.next_batch.pipeline_execute_command(*args, **options)  # adds it; sends nothing yet
         self.futures.append(future)
@@ -397,10 +399,10 @@ class BatchingRedis(Redis):
         return reply
 
     def start_next_batch(self) -> None:
-        """Called by the first command, and whenever a batch is done, however it ended."""
+        """Called by the first command, and after each batch, however that ended."""
         self.sending = None
         if self.futures:
-            # The task begins at a later turn of the event loop; commands until then join the batch.
+            # The task begins at the next turn of the event loop. Commands until then join it.
             self.sending = asyncio.create_task(self.send_batch())
             self.sending.add_done_callback(lambda _: self.start_next_batch())
 
@@ -415,8 +417,8 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # The next batch opens a new connection, to where REDIS_HOST leads by then. After a
-            # failover that is another Redis, while the old one may still answer, but refuse writes.
+            # The next batch opens a new connection. If there has been a failover, that leads to the
+            # new Redis, while the old one may still answer, but refuse writes.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -447,13 +449,12 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # of Redis; with its version 3, redis-py 8 may not notice a closed connection
-        # Seconds. A batch fails within 0.7 s if it cannot connect, and within 0.7 + 1.5 s if Redis
-        # is frozen (then it may connect, but gets no reply). A command waits for two batches at
-        # most, the one under way and its own, and so fails within 2 * (0.7 + 1.5) = 4.4 s.
+        protocol=2,  # with version 3 of it, redis-py 8 may not notice that a connection was closed
+        # Seconds, to connect and to wait for replies. A command waits for two batches at most, the
+        # one under way and its own. So if Redis is frozen, it fails within 2 * (0.7 + 1.5) = 4.4 s.
         socket_connect_timeout=0.7,
         socket_timeout=1.5,
-        retry=None,  # no retries; by default, redis-py 8 makes ten
+        retry=None,  # by default, redis-py 8 would try ten times more
     )
     try:
         await redis.ping()

@@ -125,7 +125,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # function names in generated clients
 )
-# More bytes in a body are 413. FastAPI before 0.164 has no limit, so Python before 3.11 has none.
+# Bytes; a larger body is 413. FastAPI before 0.164, which needs Python 3.11, has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -294,7 +294,7 @@ async def in_background(redis: Redis, key: str, text: str, lease: Lock) -> None:
         logger.error("Redis is unavailable, and an attempt is lost: %s", error)
     except asyncio.CancelledError:  # uvicorn stops, and waits no longer
         # Without a lease, the next GET starts another attempt at once. release() raises RedisError
-        # if the lease has expired, and always with fakeredis, which cannot run its script.
+        # if the lease has expired, and always with fakeredis, which cannot run Lua scripts.
         with suppress(RedisError):
             await lease.release()
         raise
@@ -328,7 +328,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # After a freeze of this process, the result is overdue as well. Let it arrive.
+            # After a freeze of this process, time-out and result are due together. Let it arrive.
             await asyncio.wait({task}, timeout=0.1)
         return task.result()
     except asyncio.InvalidStateError:  # raised by result(), since the task is not done
@@ -342,8 +342,8 @@ async def call_model(key: str, text: str) -> Optional[str]:
     """Return the model's result, or None if it fails, whatever it raises."""
     try:
         result = await mock_model(text)
-        # If the model has cancelled this task, the next await raises CancelledError. Let it be this
-        # one, since in run_model it would look as if uvicorn had cancelled the request.
+        # If the model has cancelled this task, the next await raises CancelledError. Without this
+        # one, task.result() would raise it in run_model, as if uvicorn had cancelled the request.
         await asyncio.sleep(0)
         str.encode(result)  # raises unless it is text, and valid Unicode
         return result
@@ -369,7 +369,8 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 class BatchingRedis(Redis):
     """A Redis client that sends the commands of all requests in batches, over one connection.
 
-    While one batch is under way, commands collect for the next.
+    The first command starts a batch. While that is under way, commands collect for the next, which
+    starts when it is done.
 
     A plain Redis, with a pool of connections, can take its place, but needed 1.5 times the
     processor time. And no pool of 8, 32 or 100 passed both tests that this class passes: to serve
@@ -380,8 +381,8 @@ class BatchingRedis(Redis):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # redis-py's Pipeline collects commands, sends them at once, and then reads all replies. (It
-        # does not call execute_command for that, so nothing here calls itself.)
+        # redis-py's Pipeline collects commands, sends them at once (here: not as a transaction) and
+        # then reads all replies. It does not call execute_command for that.
         self.next_batch = self.pipeline(transaction=False)
         self.futures: List[Any] = []  # for the replies to the next batch, one for each command
         self.sending: Any = None  # the task that sends the batch under way, if any
@@ -417,8 +418,8 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # The next batch opens a new connection. If there has been a failover, that leads to the
-            # new Redis, while the old one may still answer, but refuse writes.
+            # The next batch opens a new connection. If another Redis has taken over, REDIS_HOST has
+            # to lead to it by now; the old one may still answer, but refuse writes.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
@@ -449,7 +450,7 @@ async def connect() -> Redis:
         password=settings.REDIS_PASSWORD.get_secret_value(),
         ssl=settings.REDIS_TLS,
         ssl_check_hostname=True,
-        protocol=2,  # with version 3 of it, redis-py 8 may not notice that a connection was closed
+        protocol=2,  # RESP2; with RESP3, redis-py 8 may not notice that a connection was closed
         # Seconds, to connect and to wait for replies. A command waits for two batches at most, the
         # one under way and its own. So if Redis is frozen, it fails within 2 * (0.7 + 1.5) = 4.4 s.
         socket_connect_timeout=0.7,

@@ -330,8 +330,8 @@ async def run_model(key: str, text: str) -> Optional[str]:
         if not task.done():
             # After a freeze of this process, time-out and result are due together. Let it arrive.
             await asyncio.wait({task}, timeout=0.1)
-        return task.result()
-    except asyncio.InvalidStateError:  # raised by result(), since the task is not done
+        return task.result()  # raises InvalidStateError if the task is still not done
+    except asyncio.InvalidStateError:
         logger.exception("%s: the model took too long", key)
         return None
     finally:

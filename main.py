@@ -125,7 +125,7 @@ app = FastAPI(
     redirect_slashes=False,  # /predict/ is 404
     generate_unique_id_function=lambda route: route.name,  # function names in generated clients
 )
-# Bytes; a larger body is 413. FastAPI before 0.164, which needs Python 3.11, has no limit.
+# Bytes; a larger body is 413. The newest FastAPI for Python 3.10 and older has no limit.
 app.router.max_body_size = 1_000_000
 
 
@@ -204,8 +204,8 @@ async def create_prediction(
         tasks.add_task(in_background, redis, key, body.input, lease)
         accepted = Accepted(prediction_id=prediction_id).model_dump(mode="json")
         return JSONResponse(accepted, 202, {"Location": f"/predict/{prediction_id}"})
-    # The attempt goes on if the client hangs up. If uvicorn cancels it, the client gets uvicorn's
-    # own 500, and the lease is left to expire, since nobody can poll without the id.
+    # The attempt goes on if the client hangs up. If uvicorn cancels it (see lifespan), the client
+    # gets uvicorn's own 500. The lease is left to expire, since nobody can poll without the id.
     output = await make_attempt(redis, key, body.input)
     if output.status is Status.failed:
         raise HTTPException(500, "Prediction failed.")
@@ -241,8 +241,8 @@ def new_lease(redis: Redis, key: str) -> Lock:
     key expires a second after the model has to be done, which is time to store the output. (If that
     takes longer, or the worker is frozen, two attempts can be under way. The first output counts.)
 
-    release() deletes the key if it still has that name. Only an attempt in the background that is
-    cancelled needs it: once there is an output, nobody looks at the lease.
+    release() deletes the key if it still has that name. Only in_background needs it, for an attempt
+    that uvicorn cancels: once there is an output, nobody looks at the lease.
     """
     return redis.lock(f"{key}:lease", timeout=settings.PREDICTION_TIMEOUT + 1, blocking=False)
 
@@ -315,7 +315,7 @@ async def add_next_attempt(redis: Redis, key: str, tasks: BackgroundTasks) -> No
         await store_output(redis, key, record.input, None)
         return
     # Stored before the run, so that it counts if the model kills this worker. (If this worker is
-    # frozen here until the lease expires, there can be one attempt more.)
+    # frozen here until the lease expires, another reads the old number, and makes one too many.)
     record.attempt += 1
     await redis.set(key, record.model_dump_json(), ex=settings.PREDICTION_TTL)
     tasks.add_task(in_background, redis, key, record.input, lease)
@@ -328,7 +328,7 @@ async def run_model(key: str, text: str) -> Optional[str]:
         # Not wait_for(), which goes on waiting if the model ignores its cancellation.
         await asyncio.wait({task}, timeout=settings.PREDICTION_TIMEOUT)
         if not task.done():
-            # After a freeze of this process, time-out and result are due together. Let it arrive.
+            # If this process was frozen, it may notice the time-out just before the result.
             await asyncio.wait({task}, timeout=0.1)
         return task.result()  # raises InvalidStateError if the task is still not done
     except asyncio.InvalidStateError:
@@ -382,7 +382,7 @@ class BatchingRedis(Redis):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         # redis-py's Pipeline collects commands, sends them at once (here: not as a transaction) and
-        # then reads all replies. It does not call execute_command for that.
+        # then reads all replies. It does not call execute_command for that (no recursion).
         self.next_batch = self.pipeline(transaction=False)
         self.futures: List[Any] = []  # for the replies to the next batch, one for each command
         self.sending: Any = None  # the task that sends the batch under way, if any
@@ -418,8 +418,8 @@ class BatchingRedis(Redis):
             if not future.done():  # the request that waits for it may have been cancelled
                 future.set_result(reply)
         if any(isinstance(reply, Exception) for reply in replies):
-            # The next batch opens a new connection. If another Redis has taken over, REDIS_HOST has
-            # to lead to it by now; the old one may still answer, but refuse writes.
+            # After an error, connect anew for the next batch. If another Redis has taken over, and
+            # REDIS_HOST leads to it now, the old one may still answer, but with an error to writes.
             with suppress(Exception):
                 await self.connection_pool.disconnect()
 
